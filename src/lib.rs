@@ -1,0 +1,6 @@
+//! kvorum: an embedded, etcd-compatible key-value store.
+
+pub mod error;
+pub mod pb;
+
+pub use error::Error;
