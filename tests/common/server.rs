@@ -186,6 +186,12 @@ impl TestServer {
             .connect_lazy()
     }
 
+    /// If the process has ended by itself: how, and its last words.
+    pub(crate) fn last_words(&mut self) -> Option<String> {
+        let status = self.exit_status()?;
+        Some(format!("ended with {status}; the end of its log:\n{}", self.log_tail().ok()?))
+    }
+
     fn log_path(&self) -> PathBuf {
         self.directory.path().join("log")
     }

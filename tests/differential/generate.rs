@@ -345,7 +345,8 @@ fn watch(rng: &mut Rng, known: &Known) -> WatchCreateRequest {
 
 fn alarm(rng: &mut Rng, known: &mut Known, index: usize) -> Op {
     let alarm = rng.pick(&[0, 1, 1, 2, 9]);
-    let action = rng.pick(&[0, 0, 1, 2, 5]);
+    // Not an action that does not exist: etcd 3.7.1 crashes on it.
+    let action = rng.pick(&[0, 0, 1, 2]);
     if action == 1 && known.alarm.is_none() {
         known.alarm = Some((index + ALARM_OPS, alarm));
     } else if action == 1 {
@@ -361,7 +362,7 @@ fn malformed(rng: &mut Rng) -> Op {
         "etcdserverpb.KV/Range",
         "etcdserverpb.KV/Put",
         "etcdserverpb.KV/Txn",
-        "etcdserverpb.Lease/LeaseGrant",
+        "etcdserverpb.Lease/LeaseRevoke",
         "etcdserverpb.KV/Nope",
         "etcdserverpb.Nope/Range",
     ];

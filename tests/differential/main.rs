@@ -25,7 +25,7 @@ mod generate;
 mod lockstep;
 mod watches;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::path::Path;
 
@@ -33,6 +33,7 @@ use common::rng::Rng;
 use common::{judge, server};
 use generate::Op;
 use lockstep::{Mismatch, Pair, describe};
+use serde_json::Value;
 
 /// Seeds of an ordinary run, and operations of each.
 const SEEDS: Range<u64> = 0..20;
@@ -57,6 +58,27 @@ fn ops() -> usize {
     text.parse().unwrap_or_else(|_| panic!("KVORUM_DIFF_OPS is {text:?}, not a number"))
 }
 
+/// Where two answers part.
+fn first_difference(left: &Value, right: &Value, path: &str) -> String {
+    match (left, right) {
+        (Value::Object(left), Value::Object(right)) => {
+            let names: BTreeSet<&String> = left.keys().chain(right.keys()).collect();
+            let differs = names.into_iter().find(|name| left.get(*name) != right.get(*name));
+            differs.map_or_else(String::new, |name| {
+                let [left, right] =
+                    [left, right].map(|side| side.get(name).unwrap_or(&Value::Null));
+                first_difference(left, right, &format!("{path}/{name}"))
+            })
+        }
+        (Value::Array(left), Value::Array(right)) => {
+            let index = left.iter().zip(right).take_while(|(left, right)| left == right).count();
+            let [left, right] = [left, right].map(|side| side.get(index).unwrap_or(&Value::Null));
+            first_difference(left, right, &format!("{path}/{index}"))
+        }
+        _ => format!("{path}: {left} against {right}"),
+    }
+}
+
 /// Runs one seed; an error is the report of the first mismatch.
 async fn run(
     seed: u64,
@@ -68,9 +90,10 @@ async fn run(
     let report = |index: usize, recent: &VecDeque<String>, mismatch: Mismatch| {
         let before: Vec<String> = recent.iter().map(|op| format!("    {op}\n")).collect();
         format!(
-            "seed {seed}, operation {index}: {}\n  etcd:   {}\n  kvorum: {}\n  before:\n{}  again:  \
+            "seed {seed}, operation {index}: {}\n  first difference: {}\n  etcd:   {}\n  kvorum: {}\n  before:\n{}  again:  \
              KVORUM_DIFF_SEEDS={seed}..{} KVORUM_DIFF_OPS={ops} cargo test --test differential random",
             mismatch.operation,
+            first_difference(&mismatch.left, &mismatch.right, ""),
             lockstep::readable(mismatch.left),
             lockstep::readable(mismatch.right),
             before.concat(),
@@ -83,7 +106,14 @@ async fn run(
     for index in 0..ops {
         let op = generate::operation(&mut rng, &mut pair.known, index);
         if let Err(mismatch) = pair.execute(&op).await {
-            return Err(report(index, &recent, mismatch));
+            let report = report(index, &recent, mismatch);
+            let words = [&mut pair.left, &mut pair.right].map(|side| side.server.last_words());
+            return Err([Some(report)]
+                .into_iter()
+                .chain(words)
+                .flatten()
+                .collect::<Vec<_>>()
+                .join("\n"));
         }
         if recent.len() == OPS_SHOWN {
             recent.pop_front();
