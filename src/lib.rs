@@ -2,6 +2,7 @@
 
 pub mod error;
 pub mod metrics;
+pub mod mvcc;
 pub mod pb;
 
 pub use error::Error;
