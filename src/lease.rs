@@ -22,7 +22,7 @@
 //! and an election timeout on top. A remainder is therefore never committed behind
 //! the back of a keepalive: see [`Renewal::CommitFirst`].
 //!
-//! Time is a [`Duration`](std::time::Duration) since any fixed moment, handed in by
+//! Time is a [`Duration`] since any fixed moment, handed in by
 //! the caller; it must not run backwards. It should go on while the machine sleeps.
 
 mod expiry;
@@ -31,16 +31,20 @@ mod lessor;
 pub use expiry::{Expiry, REVOKE_RETRY, Renewal};
 pub use lessor::{Lease, Lessor};
 
+use std::time::Duration;
+
 use crate::error::Error;
 
 /// The longest TTL that can be granted, in seconds (285 years).
 pub const MAX_TTL_SECS: i64 = 9_000_000_000;
 
-/// The shortest TTL that is granted, in seconds: one and a half election timeouts,
-/// rounded up, so that a lease outlives the loss of a leader. 2 s by default.
-pub fn min_ttl_secs(election_timeout: std::time::Duration) -> i64 {
-    let millis = (election_timeout.as_millis().saturating_mul(3) / 2).div_ceil(1000);
-    i64::try_from(millis).unwrap_or(MAX_TTL_SECS).clamp(1, MAX_TTL_SECS)
+/// The shortest TTL that is granted, in seconds: one and a half election timeouts
+/// (`election_ticks` heartbeats each), rounded up, so that a lease outlives the loss of
+/// a leader. 2 s by default.
+pub fn min_ttl_secs(heartbeat: Duration, election_ticks: u32) -> i64 {
+    let ticks = election_ticks.saturating_mul(3) / 2;
+    let millis = heartbeat.saturating_mul(ticks).as_millis();
+    i64::try_from(millis.div_ceil(1000)).unwrap_or(MAX_TTL_SECS).min(MAX_TTL_SECS)
 }
 
 /// The TTL that a request for `requested` seconds is granted: at least `min`. Zero and
