@@ -2,7 +2,9 @@
 
 pub mod error;
 pub mod metrics;
+pub mod lease;
 pub mod mvcc;
 pub mod pb;
+pub mod state;
 
 pub use error::Error;
