@@ -4,6 +4,7 @@ pub mod error;
 pub mod metrics;
 pub mod lease;
 pub mod mvcc;
+pub mod log;
 pub mod pb;
 pub mod state;
 
