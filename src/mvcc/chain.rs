@@ -22,6 +22,8 @@
 //! as in etcd; and the version that a change exactly at C replaced stays too, so that a
 //! watcher that starts at C still gets `prev_kv`. That last one no reader can see.
 
+use std::collections::VecDeque;
+
 use bytes::Bytes;
 
 use super::tree::Counted;
@@ -30,7 +32,8 @@ use super::{Revision, Version};
 /// The versions of one key. Empty only in between, while its owner drops it.
 pub(super) enum Chain {
     One(Version),
-    Many(Vec<Version>),
+    /// A queue, as compaction takes versions off its front one by one.
+    Many(VecDeque<Version>),
 }
 
 impl Version {
@@ -51,56 +54,45 @@ impl Counted for Chain {
 }
 
 impl Chain {
-    pub(super) fn versions(&self) -> &[Version] {
-        match self {
-            Chain::One(version) => std::slice::from_ref(version),
-            Chain::Many(versions) => versions,
-        }
+    /// All versions, tombstones included, oldest first.
+    pub(super) fn versions(&self) -> impl Iterator<Item = &Version> {
+        let (front, back) = match self {
+            Chain::One(version) => (std::slice::from_ref(version), [].as_slice()),
+            Chain::Many(versions) => versions.as_slices(),
+        };
+        front.iter().chain(back)
     }
 
     /// The present version, unless the key is deleted.
     pub(super) fn live(&self) -> Option<&Version> {
-        self.versions().last().filter(|version| !version.is_tombstone())
+        self.newest().filter(|version| !version.is_tombstone())
     }
 
     /// The version as of revision `at`, unless the key did not exist then.
     pub(super) fn at(&self, at: i64) -> Option<&Version> {
-        let newest_first = self.versions().iter().rev();
-        // Readers want the newest or one close to it far more often than an old one.
-        let version = newest_first.take(8).find(|version| version.revision.main <= at);
-        let version = version.or_else(|| {
-            let versions = self.versions();
-            let after = versions.partition_point(|version| version.revision.main <= at);
-            versions.get(after.checked_sub(1)?)
-        });
-        version.filter(|version| !version.is_tombstone())
+        let newest = self.newest()?;
+        let version = if newest.revision.main <= at {
+            newest
+        } else {
+            self.get(self.count_below(at + 1).checked_sub(1)?)?
+        };
+        Some(version).filter(|version| !version.is_tombstone())
     }
 
     /// Appends `version`, which must be newer than all others.
     pub(super) fn push(&mut self, version: Version) {
-        *self = match std::mem::replace(self, Chain::Many(Vec::new())) {
-            Chain::One(only) => Chain::Many(vec![only, version]),
+        *self = match std::mem::replace(self, Chain::Many(VecDeque::new())) {
+            Chain::One(only) => Chain::Many(VecDeque::from([only, version])),
             Chain::Many(mut versions) => {
-                versions.push(version);
+                versions.push_back(version);
                 Chain::Many(versions)
             }
         };
     }
 
-    /// How many of the oldest versions compaction to `compact_revision` drops.
-    fn dropped_by(&self, compact_revision: i64) -> usize {
-        let versions = self.versions();
-        let below = versions.partition_point(|version| version.revision.main < compact_revision);
-        let before = below.checked_sub(1);
-        match before.and_then(|before| versions.get(before)) {
-            Some(version) if !version.is_tombstone() => below - 1,
-            _ => below,
-        }
-    }
-
     /// The versions that compaction to `compact_revision` keeps.
-    pub(super) fn kept_by(&self, compact_revision: i64) -> &[Version] {
-        self.versions().get(self.dropped_by(compact_revision)..).unwrap_or_default()
+    pub(super) fn kept_by(&self, compact_revision: i64) -> impl Iterator<Item = &Version> {
+        self.versions().skip(self.dropped_by(compact_revision))
     }
 
     /// Drops what compaction to `compact_revision` drops, showing each to `dropped`.
@@ -108,25 +100,57 @@ impl Chain {
     pub(super) fn compact(
         &mut self,
         compact_revision: i64,
-        dropped: &mut dyn FnMut(&Version),
+        mut dropped: impl FnMut(&Version),
     ) -> bool {
         let count = self.dropped_by(compact_revision);
         if count == 0 {
             return true;
         }
-        self.versions().iter().take(count).for_each(dropped);
-        let Chain::Many(versions) = self else {
-            *self = Chain::Many(Vec::new());
-            return false;
-        };
+        self.versions().take(count).for_each(&mut dropped);
+        let Chain::Many(versions) = self else { return false };
         versions.drain(..count);
         if versions.len() > 1 {
-            versions.shrink_to(versions.len() * 2);
+            if versions.len() * 4 < versions.capacity() {
+                versions.shrink_to(versions.len() * 2);
+            }
             return true;
         }
-        let Some(only) = versions.pop() else { return false };
+        let Some(only) = versions.pop_front() else { return false };
         *self = Chain::One(only);
         true
+    }
+
+    /// How many of the oldest versions compaction to `compact_revision` drops.
+    fn dropped_by(&self, compact_revision: i64) -> usize {
+        let below = self.count_below(compact_revision);
+        match below.checked_sub(1).and_then(|before| self.get(before)) {
+            Some(before) if !before.is_tombstone() => below - 1,
+            _ => below,
+        }
+    }
+
+    /// How many versions are below main revision `bound`.
+    fn count_below(&self, bound: i64) -> usize {
+        match self {
+            Chain::One(version) => usize::from(version.revision.main < bound),
+            Chain::Many(versions) => {
+                versions.partition_point(|version| version.revision.main < bound)
+            }
+        }
+    }
+
+    fn newest(&self) -> Option<&Version> {
+        match self {
+            Chain::One(version) => Some(version),
+            Chain::Many(versions) => versions.back(),
+        }
+    }
+
+    fn get(&self, position: usize) -> Option<&Version> {
+        match self {
+            Chain::One(version) => (position == 0).then_some(version),
+            Chain::Many(versions) => versions.get(position),
+        }
     }
 }
 
@@ -153,8 +177,8 @@ mod tests {
         chain
     }
 
-    fn mains(versions: &[Version]) -> Vec<i64> {
-        versions.iter().map(|version| version.revision.main).collect()
+    fn mains<'a>(versions: impl Iterator<Item = &'a Version>) -> Vec<i64> {
+        versions.map(|version| version.revision.main).collect()
     }
 
     #[test]
@@ -223,13 +247,13 @@ mod tests {
             assert_eq!(mains(once.kept_by(compact_revision)), expected, "{compact_revision}");
             let mut dropped = Vec::new();
             let left =
-                once.compact(compact_revision, &mut |version| dropped.push(version.revision.main));
+                once.compact(compact_revision, |version| dropped.push(version.revision.main));
             assert_eq!(left, !expected.is_empty());
             assert_eq!(mains(once.versions()), expected, "once, to {compact_revision}");
             dropped.extend(&expected);
             assert_eq!(dropped, mains(three_generations().versions()));
 
-            continuous.compact(compact_revision, &mut |_| {});
+            continuous.compact(compact_revision, |_| {});
             assert_eq!(mains(continuous.versions()), expected, "step by step");
         }
     }
@@ -238,7 +262,7 @@ mod tests {
     fn compaction_leaves_an_only_version_in_place() {
         let mut chain = Chain::One(put(2, 0, 2, 1));
         chain.push(put(3, 0, 2, 2));
-        assert!(chain.compact(9, &mut |_| {}));
+        assert!(chain.compact(9, |_| {}));
         assert!(matches!(chain, Chain::One(_)));
     }
 }

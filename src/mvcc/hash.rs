@@ -61,7 +61,6 @@ impl HashKv {
         self.next_key = store.for_each_chain(&start, budget, |key, chain| {
             let mut versions = chain
                 .kept_by(compact_revision)
-                .iter()
                 .take_while(|version| version.revision.main <= at)
                 .peekable();
             while let Some(version) = versions.next() {

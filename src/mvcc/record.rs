@@ -99,7 +99,7 @@ impl RecordsCut {
         let Some(start) = self.next_key.take() else { return true };
         let (at, records) = (self.at, &mut self.records);
         self.next_key = store.for_each_chain(&start, budget, |key, chain| {
-            let kept = chain.kept_by(self.compact_revision).iter();
+            let kept = chain.kept_by(self.compact_revision);
             let kept = kept.filter(|version| version.revision.main <= at);
             records.extend(kept.map(|version| record(key, version)));
         });

@@ -22,10 +22,10 @@
 //! **Compaction** has two parts. [`Store::compact`] sets the logical mark, which is all
 //! that any answer depends on. [`Store::compact_step`] frees memory later, a bounded piece
 //! at a time, sparing what a pinned reader needs. It takes changes off the front of the
-//! history, and shortens the chain of the key of each. That reaches all there is to drop:
-//! a version is dropped because a change below the compact revision replaced it (or, for a
-//! tombstone, because it is one), and that change is in the history until the step that
-//! drops the version.
+//! history and drops, for each, the version it replaced, and, if it is a delete, its
+//! tombstone. That reaches all there is to drop: a version goes because a change below the
+//! compact revision replaced it (or, a tombstone, because it is one), and that change is
+//! in the history until the step that drops the version.
 //!
 //! Invariants:
 //! - revisions in the history and in each chain ascend; none is above `revision`;
@@ -275,7 +275,7 @@ impl Store {
         let mut step = CompactStep::default();
         for _ in 0..budget {
             let Some(change) = self.forget_below(bound) else { break };
-            self.compact_key(&change.key, bound, &mut step.removed);
+            self.drop_replaced_by(&change, &mut step.removed);
         }
         let oldest = self.history.front().map_or(i64::MAX, |change| change.revision.main);
         step.done = oldest >= self.compact_revision;
@@ -297,11 +297,13 @@ impl Store {
         Some(change)
     }
 
-    /// Drops the versions of `key` that compaction to `bound` drops.
-    fn compact_key(&mut self, key: &[u8], bound: i64, removed: &mut Vec<Revision>) {
+    /// Drops the version that `change` replaced, and the one it made if that is a
+    /// tombstone: what compaction to just above it drops, all changes before it done.
+    fn drop_replaced_by(&mut self, change: &Change, removed: &mut Vec<Revision>) {
+        let key = change.key.as_ref();
         let mut freed_bytes = 0;
         let left = self.tree.update(key, |chain| {
-            chain.compact(bound, &mut |version| {
+            chain.compact(change.revision.main + 1, |version| {
                 freed_bytes += size_bytes(key, version);
                 removed.push(version.revision);
             })
