@@ -50,15 +50,17 @@ pub trait Reads {
     fn revision(&self) -> i64;
     /// The oldest revision that is sure to be readable.
     fn compact_revision(&self) -> i64;
-    /// The version of `key` as of `at`.
-    fn get(&self, key: &[u8], at: i64) -> Option<Version>;
+    /// The version of `key` at the newest revision.
+    fn get(&self, key: &[u8]) -> Option<&Version>;
     /// Up to `max` live versions in the order of their keys, and the key to go on
-    /// from when there may be more.
+    /// from when there may be more. Looks at `looked_max` keys at most, dead ones and
+    /// ones of another time included.
     fn scan(
         &self,
         range: &KeyRange,
         at: i64,
         max: usize,
+        looked_max: usize,
         visit: &mut dyn FnMut(&[u8], &Version),
     ) -> Option<Bytes>;
     /// How many keys are live as of `at`; `None` when that is too far back to tell
@@ -241,7 +243,9 @@ impl RangeScan {
         self.at
     }
 
-    /// Goes on for at most `max_keys` keys (at least one).
+    /// Goes on for at most `max_keys` keys (at least one), live or dead: that bounds
+    /// the time it takes. The first step also counts, which may take a look at each of
+    /// the last 10,000 changes.
     pub fn step(&mut self, store: &impl Reads, max_keys: usize) -> Step {
         if self.done {
             return Step::Done;
@@ -255,14 +259,14 @@ impl RangeScan {
             }
         }
         let known = matches!(self.count, Count::Known(_));
-        let max = if known { self.rows.wanted().min(max_keys.max(1)) } else { max_keys.max(1) };
+        let max = if known { self.rows.wanted() } else { usize::MAX };
         if max == 0 {
             self.done = true;
             return Step::Done;
         }
         let mut seen = 0_u64;
         let rows = &mut self.rows;
-        let resume = store.scan(&self.rest, self.at, max, &mut |_, version| {
+        let resume = store.scan(&self.rest, self.at, max, max_keys.max(1), &mut |_, version| {
             seen = seen.saturating_add(1);
             rows.offer(version);
         });
@@ -547,9 +551,7 @@ fn check_put(
     if request.lease != 0 && !lease_exists(request.lease) {
         return Err(Error::LeaseNotFound);
     }
-    if (request.ignore_value || request.ignore_lease)
-        && store.get(&request.key, store.revision()).is_none()
-    {
+    if (request.ignore_value || request.ignore_lease) && store.get(&request.key).is_none() {
         return Err(Error::KeyNotFound);
     }
     Ok(())
@@ -593,7 +595,7 @@ fn put(store: &mut impl Writes, request: &PutRequest) -> PutResponse {
     let mut value = request.value.clone();
     let mut lease = request.lease;
     if request.ignore_value || request.ignore_lease {
-        let previous = store.get(&request.key, store.revision());
+        let previous = store.get(&request.key);
         let previous = previous.map(|version| decode(&version.kv)).unwrap_or_default();
         if request.ignore_value {
             value = previous.value;
@@ -630,15 +632,15 @@ fn holds(store: &impl Reads, compare: &Compare) -> bool {
     let at = store.revision();
     let mut range = KeyRange::from_wire(compare.key.clone(), compare.range_end.clone());
     if range.end == RangeEnd::Single {
-        return match store.get(&compare.key, at) {
-            Some(version) => holds_for(compare, &version),
+        return match store.get(&compare.key) {
+            Some(version) => holds_for(compare, version),
             None => holds_for_missing(compare),
         };
     }
     let mut found = false;
     loop {
         let mut all = true;
-        let resume = store.scan(&range, at, COMPARE_STEP_KEYS, &mut |_, version| {
+        let resume = store.scan(&range, at, COMPARE_STEP_KEYS, usize::MAX, &mut |_, version| {
             found = true;
             all = all && holds_for(compare, version);
         });

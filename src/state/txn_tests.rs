@@ -28,6 +28,11 @@ impl Plain {
         self.changes = 0;
     }
 
+    fn at(&self, key: &[u8], at: i64) -> Option<&Version> {
+        let versions = self.keys.get(key)?;
+        versions.iter().rev().find(|(revision, _)| *revision <= at)?.1.as_ref()
+    }
+
     fn change(&mut self, key: &Bytes, version: Option<Version>) {
         let revision = self.revision + 1;
         self.keys.entry(key.clone()).or_default().push((revision, version));
@@ -44,9 +49,8 @@ impl Reads for Plain {
         self.compacted
     }
 
-    fn get(&self, key: &[u8], at: i64) -> Option<Version> {
-        let versions = self.keys.get(key)?;
-        versions.iter().rev().find(|(revision, _)| *revision <= at)?.1.clone()
+    fn get(&self, key: &[u8]) -> Option<&Version> {
+        self.at(key, self.revision())
     }
 
     fn scan(
@@ -54,23 +58,27 @@ impl Reads for Plain {
         range: &KeyRange,
         at: i64,
         max: usize,
+        looked_max: usize,
         visit: &mut dyn FnMut(&[u8], &Version),
     ) -> Option<Bytes> {
-        let mut visited = 0;
+        let (mut visited, mut looked) = (0, 0);
         for key in self.keys.keys().filter(|key| range.contains(key)) {
-            let Some(version) = self.get(key, at) else { continue };
+            if looked == looked_max {
+                return Some(key.clone());
+            }
+            looked += 1;
+            let Some(version) = self.at(key, at) else { continue };
             if visited == max {
                 return Some(key.clone());
             }
             visited += 1;
-            visit(key, &version);
+            visit(key, version);
         }
         None
     }
 
     fn count(&self, range: &KeyRange, at: i64, _budget: usize) -> Option<u64> {
-        let live =
-            self.keys.keys().filter(|key| range.contains(key) && self.get(key, at).is_some());
+        let live = self.keys.keys().filter(|key| range.contains(key) && self.at(key, at).is_some());
         self.counts.then(|| live.count() as u64)
     }
 }
@@ -78,7 +86,7 @@ impl Reads for Plain {
 impl Writes for Plain {
     fn put(&mut self, key: Bytes, value: Bytes, lease: i64) -> Option<Bytes> {
         let revision = Revision::new(self.revision + 1, self.changes);
-        let before = self.get(&key, self.revision());
+        let before = self.get(&key).cloned();
         let create_revision = before.as_ref().map_or(revision.main, |old| old.create_revision);
         let version = before.as_ref().map_or(1, |old| old.version + 1);
         let record = KeyValue {
@@ -96,7 +104,7 @@ impl Writes for Plain {
 
     fn delete_range(&mut self, range: &KeyRange) -> Vec<Bytes> {
         let mut found = Vec::new();
-        self.scan(range, self.revision(), usize::MAX, &mut |key, version| {
+        self.scan(range, self.revision(), usize::MAX, usize::MAX, &mut |key, version| {
             found.push((Bytes::copy_from_slice(key), version.kv.clone()));
         });
         for (key, _) in &found {
@@ -204,7 +212,7 @@ fn a_put_keeps_what_it_is_told_to() {
     assert_eq!(store, Plain::new());
 
     apply_put(&mut store, &leased, &|id| id == 7).unwrap();
-    let stored = |store: &Plain| decode(&store.get(b"k", store.revision()).unwrap().kv);
+    let stored = |store: &Plain| decode(&store.get(b"k").unwrap().kv);
     apply_put(&mut store, &ignoring, &no_lease).unwrap();
     assert_eq!((&stored(&store).value[..], stored(&store).lease), (&b"v"[..], 0));
     apply_put(&mut store, &leased, &|id| id == 7).unwrap();
@@ -695,8 +703,8 @@ fn plain_range(store: &Plain, request: &RangeRequest) -> RangeResponse {
         .keys
         .keys()
         .filter(|key| span.contains(key))
-        .filter_map(|key| store.get(key, at))
-        .map(|version| KeyValue::decode(version.kv).unwrap())
+        .filter_map(|key| store.at(key, at))
+        .map(|version| KeyValue::decode(version.kv.clone()).unwrap())
         .collect();
     let count = kvs.len() as i64;
     if request.count_only {
@@ -832,6 +840,7 @@ proptest! {
         store.scan(
             &KeyRange { start: bytes("k"), end: RangeEnd::Open },
             store.revision,
+            usize::MAX,
             usize::MAX,
             &mut |_, version| rows.offer(version),
         );
