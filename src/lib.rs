@@ -3,5 +3,6 @@
 pub mod error;
 pub mod mvcc;
 pub mod pb;
+pub mod runtime;
 
 pub use error::Error;

@@ -22,6 +22,8 @@
 //! The words here are etcd's: [`Revision`], [`KeyRange`] (a request's `key` and
 //! `range_end`), [`Version`] (what a reader sees), [`Change`] (what a watcher sees).
 
+pub mod watch;
+
 use bytes::Bytes;
 use prost::Message;
 

@@ -1,0 +1,3 @@
+//! The imperative shell: the threads and tasks that run the pure parts.
+
+pub mod watch_hub;
