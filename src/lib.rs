@@ -7,5 +7,6 @@ pub mod mvcc;
 pub mod log;
 pub mod pb;
 pub mod state;
+pub mod runtime;
 
 pub use error::Error;

@@ -27,6 +27,7 @@ mod hash;
 mod record;
 mod store;
 mod tree;
+pub mod watch;
 
 #[cfg(test)]
 mod tests;

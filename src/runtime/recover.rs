@@ -15,14 +15,11 @@ use std::path::{Path, PathBuf};
 
 use super::checkpoint_thread::Reopen;
 use super::records::{self, RecoverError};
-use crate::log::{Identity, Log, LogError, LogStore, MemoryLog, Options, Recovered};
+use crate::log::{Identity, Log, LogError, LogStore, MemoryDisk, MemoryLog, Options, Recovered, SEGMENT_BYTES_DEFAULT};
 use crate::raft::{Configuration, Start};
 use crate::state::StateMachine;
 use crate::state::members::{Members, member_id};
 use crate::storage::{MemoryStorage, SledStorage, Storage, StorageError};
-
-/// The log's segments are this large.
-const SEGMENT_BYTES: u64 = 64 * 1024 * 1024;
 
 /// What decides who a new member is.
 #[derive(Debug, Clone)]
@@ -151,7 +148,7 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 make_directory(&log_dir, "wal-dir")?;
             }
             let options =
-                Options { dir: log_dir, segment_bytes: SEGMENT_BYTES, fsync: *fsync, identity };
+                Options { dir: log_dir, segment_bytes: SEGMENT_BYTES_DEFAULT, fsync: *fsync, identity };
             let (log, recovered) = Log::open(options)?;
             if let Some(repaired) = &recovered.repaired {
                 tracing::warn!("repaired the raft log: {repaired}");
@@ -173,10 +170,11 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::default();
     let state = first_checkpoint(bootstrap, &mut storage)?;
     let identity = identity(&state);
+    let (log, recovered) = MemoryLog::open(&MemoryDisk::new(identity));
     Ok(Recovery {
-        start: start(&state, Recovered::empty(identity)),
+        start: start(&state, recovered),
         state,
-        log: Box::new(MemoryLog::default()),
+        log: Box::new(log),
         storage: Box::new(storage),
         reopen: Box::new(|| Ok(Box::new(MemoryStorage::default()))),
         identity,
