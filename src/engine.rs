@@ -62,8 +62,20 @@ pub struct Limits {
     pub max_txn_ops: usize,
     /// `--quota-backend-bytes`; `None` when there is no quota.
     pub quota_bytes: Option<u64>,
+    /// `--heartbeat-interval`.
+    pub heartbeat: Duration,
     /// `--election-timeout`.
     pub election_timeout: Duration,
+    /// `--warning-unary-request-duration`: a call that takes longer is logged.
+    pub warning_unary_request_duration: Duration,
+}
+
+impl Limits {
+    /// The election timeout in heartbeats: raft counts in these.
+    pub fn election_ticks(&self) -> u32 {
+        let ticks = self.election_timeout.as_millis() / self.heartbeat.as_millis().max(1);
+        u32::try_from(ticks).unwrap_or(u32::MAX).max(1)
+    }
 }
 
 /// Which versions a server tells its clients.
@@ -313,7 +325,8 @@ impl Engine {
         request: LeaseGrantRequest,
     ) -> Result<LeaseGrantResponse, Error> {
         check::check_lease_grant(&request)?;
-        let min = lease::min_ttl_secs(self.parts.limits.election_timeout);
+        let limits = &self.parts.limits;
+        let min = lease::min_ttl_secs(limits.heartbeat, limits.election_ticks());
         let ttl = lease::granted_ttl_secs(request.ttl, min)?;
         self.reserve(LEASE_GRANT_COST).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };

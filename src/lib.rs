@@ -1,12 +1,16 @@
 //! kvorum: an embedded, etcd-compatible key-value store.
 
+pub mod engine;
 pub mod error;
-pub mod metrics;
 pub mod lease;
-pub mod mvcc;
 pub mod log;
+pub mod metrics;
+pub mod mvcc;
 pub mod pb;
-pub mod state;
+pub mod raft;
 pub mod runtime;
+pub mod state;
+pub mod storage;
 
+pub use engine::Engine;
 pub use error::Error;

@@ -26,6 +26,7 @@
 mod cache;
 mod drain;
 
+#[cfg(test)]
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfChange, ConfChangeV2, EntryType};

@@ -33,6 +33,7 @@ use super::published::Published;
 use super::waiters::Waiters;
 use crate::error::Error;
 use crate::log::Mark;
+use crate::metrics::Metrics;
 use crate::raft::{Effects, Node, RaftError, Refused, Role};
 
 /// A mailbox is emptied in turns of at most this many inputs, so that a flood of
@@ -82,6 +83,8 @@ pub struct RaftThread {
     pub published: Arc<Published>,
     /// Who is told when a proposal is refused.
     pub waiters: Arc<Waiters>,
+    /// Leadership, in numbers.
+    pub metrics: Arc<Metrics>,
     /// Where a fatal error goes.
     pub fault: Fault,
     /// One tick of raft's clock: `--heartbeat-interval`.
@@ -184,6 +187,8 @@ impl RaftThread {
             if let Some(last) = committed.last() {
                 let (index, term) = (last.index, last.term);
                 self.published.set_committed(index);
+                let committed_total = i64::try_from(index).unwrap_or(i64::MAX);
+                self.metrics.server_proposals_committed_total.set(committed_total);
                 let _ = self.apply.send(ApplyTask::Entries(committed));
                 let role = *self.published.role.borrow();
                 // Only an entry of its own term tells a leader that all it holds
@@ -202,6 +207,11 @@ impl RaftThread {
     fn publish_role(&mut self, role: Role) {
         self.published.set_lone_leader(false);
         let before = self.published.role.send_replace(role);
+        self.metrics.server_has_leader.set(i64::from(role.leader != 0));
+        self.metrics.server_is_leader.set(i64::from(role.is_leader));
+        if before.leader != role.leader && role.leader != 0 {
+            self.metrics.server_leader_changes_seen_total.inc();
+        }
         if before.leader != role.leader || before.is_leader != role.is_leader {
             let member = format_args!("{:x}", self.member).to_string();
             let leader = format!("{:x}", role.leader);

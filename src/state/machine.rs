@@ -106,7 +106,6 @@ pub struct Cut {
 }
 
 /// The parts a checkpoint holds, read back.
-#[derive(Debug)]
 pub struct Restored {
     /// As written.
     pub head: CheckpointHead,
@@ -119,7 +118,6 @@ pub struct Restored {
 }
 
 /// See the module documentation.
-#[derive(Debug)]
 pub struct StateMachine {
     store: Store,
     lessor: Lessor,
@@ -152,8 +150,8 @@ impl StateMachine {
         let Restored { head, members, leases, store } = restored;
         let mut lessor = Lessor::restore(leases);
         let everything = KeyRange { start: Bytes::new(), end: RangeEnd::Open };
-        store.scan(&everything, store.revision(), usize::MAX, &mut |_, version| {
-            txn::attach_lease(&mut lessor, &version.kv);
+        store.scan(&everything, store.revision(), usize::MAX, &mut |key, version| {
+            txn::attach_lease(&mut lessor, &Bytes::copy_from_slice(key), &version.kv);
         });
         StateMachine {
             store,
