@@ -1,5 +1,4 @@
-use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +17,12 @@ use super::*;
 
 const SEGMENT: u64 = 8192;
 const IDENTITY: Identity = Identity { cluster_id: 0xc1, member_id: 0xa1 };
+
+/// A directory to work in; in memory if there is such a file system, for what is tested
+/// is what the files hold, and thousands of syncs on a disk take minutes.
+fn scratch() -> TempDir {
+    TempDir::new_in("/dev/shm").unwrap_or_else(|_| TempDir::new().unwrap())
+}
 
 fn options(dir: &Path) -> Options {
     Options { dir: dir.to_owned(), segment_bytes: SEGMENT, fsync: true, identity: IDENTITY }
@@ -58,7 +63,7 @@ fn hard_state(term: u64, vote: u64, commit: u64) -> HardState {
 }
 
 fn copy_dir(from: &Path) -> TempDir {
-    let to = TempDir::new().unwrap();
+    let to = scratch();
     for item in fs::read_dir(from).unwrap() {
         let path = item.unwrap().path();
         // The background thread may rename what was listed a moment ago.
@@ -103,7 +108,7 @@ fn assert_damaged(result: Result<Recovered, LogError>, file: &Path, at_or_before
 
 #[test]
 fn what_was_synced_is_there_after_a_restart() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, fresh) = open(dir.path());
     assert_eq!(fresh.identity, IDENTITY);
     assert_eq!(fresh.hard_state, HardState::default());
@@ -129,7 +134,7 @@ fn what_was_synced_is_there_after_a_restart() {
 
 #[test]
 fn exists_tells_a_log_from_a_directory() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let inner = dir.path().join("a/b/wal");
     assert!(!Log::exists(&inner).unwrap());
     drop(open(&inner));
@@ -139,7 +144,7 @@ fn exists_tells_a_log_from_a_directory() {
 
 #[test]
 fn only_the_owner_may_look() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let inner = dir.path().join("above/wal");
     let (mut log, _) = open(&inner);
     for first in (1..200).step_by(10) {
@@ -158,7 +163,7 @@ fn only_the_owner_may_look() {
 
 #[test]
 fn one_process_at_a_time() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (log, _) = open(dir.path());
     let error = Log::open(options(dir.path())).unwrap_err();
     assert!(matches!(error, LogError::Locked { .. }), "{error}");
@@ -169,7 +174,7 @@ fn one_process_at_a_time() {
 
 #[test]
 fn a_new_log_is_small() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (log, _) =
         Log::open(Options { segment_bytes: SEGMENT_BYTES_DEFAULT, ..options(dir.path()) }).unwrap();
     log.spares.settle();
@@ -179,7 +184,7 @@ fn a_new_log_is_small() {
 
 #[test]
 fn a_conflict_replaces_the_suffix() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     // Over a segment boundary and back behind it.
     log.append(&entries(1, 30, 1, 200), None).unwrap();
@@ -208,7 +213,7 @@ fn a_conflict_replaces_the_suffix() {
 
 #[test]
 fn a_batch_larger_than_a_segment_fits() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     let mut expected = Vec::new();
     for (index, size) in [(1, 3 * SEGMENT as usize), (2, 10), (3, 2_500_000), (4, 10)] {
@@ -229,7 +234,7 @@ fn a_batch_larger_than_a_segment_fits() {
 
 #[test]
 fn misuse_changes_nothing() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     log.append(&entries(1, 10, 1, 10), None).unwrap();
     log.truncate_prefix(Mark { index: 5, term: 1 }).unwrap();
@@ -266,7 +271,7 @@ fn fill(log: &mut Log, last: u64) {
 
 #[test]
 fn a_vote_outlives_its_segment() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     log.append(&[], Some(hard_state(5, 3, 0))).unwrap();
     fill(&mut log, 400);
@@ -281,7 +286,7 @@ fn a_vote_outlives_its_segment() {
 
 #[test]
 fn an_installed_snapshot_replaces_everything() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     fill(&mut log, 400);
     let start = Mark { index: 150, term: 2 };
@@ -315,7 +320,7 @@ fn an_installed_snapshot_replaces_everything() {
 
 #[test]
 fn stale_bytes_of_a_recycled_segment_never_appear() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     fill(&mut log, 200);
     log.truncate_prefix(Mark { index: 200, term: 1 }).unwrap();
@@ -359,7 +364,7 @@ fn stale_bytes_of_a_recycled_segment_never_appear() {
 
 #[test]
 fn spares_are_bounded_and_wrong_sizes_go() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     fill(&mut log, 600);
     log.append(&entries(601, 1, 1, 50_000), None).unwrap();
@@ -385,7 +390,7 @@ fn spares_are_bounded_and_wrong_sizes_go() {
 
 #[test]
 fn without_room_for_spares_the_log_goes_on() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) =
         Log::open(Options { segment_bytes: 1 << 50, ..options(dir.path()) }).unwrap();
     for index in 1..=8 {
@@ -401,7 +406,7 @@ fn without_room_for_spares_the_log_goes_on() {
 
 #[test]
 fn a_missing_segment_is_missed_only_if_its_entries_are() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     fill(&mut log, 300);
     let cut = Mark { index: 250, term: 1 };
@@ -457,7 +462,7 @@ fn in_copy(copy: &TempDir, file: &Path) -> PathBuf {
 
 #[test]
 fn the_last_record_torn_at_any_byte_is_cut() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (offsets, file) = three_batches(dir.path());
     let image = fs::read(&file).unwrap();
     let [.., begin, end] = offsets[..] else { panic!() };
@@ -488,7 +493,7 @@ fn the_last_record_torn_at_any_byte_is_cut() {
 
 #[test]
 fn any_flipped_byte_before_the_last_batch_is_refused() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (offsets, file) = three_batches(dir.path());
     let [_, _, begin, end] = offsets[..] else { panic!() };
     let copy = copy_dir(dir.path());
@@ -512,7 +517,7 @@ fn any_flipped_byte_before_the_last_batch_is_refused() {
 
 #[test]
 fn after_an_orderly_stop_any_flipped_byte_is_refused() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (offsets, file) = three_batches(dir.path());
     let end = *offsets.last().unwrap();
     let (mut log, _) = open(dir.path());
@@ -531,7 +536,7 @@ fn after_an_orderly_stop_any_flipped_byte_is_refused() {
 
 #[test]
 fn a_header_alone_proves_what_was_synced() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (offsets, file) = three_batches(dir.path());
     flip(&file, offsets[1] + 30, 1);
     flip(&file, offsets[3] - 1, 1); // The last record's payload; its header stays.
@@ -540,7 +545,7 @@ fn a_header_alone_proves_what_was_synced() {
 
 #[test]
 fn any_flipped_byte_of_an_older_segment_is_refused() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     // The last record of segment 1 is its only batch's, and nothing follows it there.
     log.append(&entries(1, 1, 1, 300), None).unwrap();
@@ -565,7 +570,7 @@ fn any_flipped_byte_of_an_older_segment_is_refused() {
 
 #[test]
 fn messages_tell_file_and_offset_and_what_to_do() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (offsets, file) = three_batches(dir.path());
     flip(&file, offsets[1] + 40, 1);
     let text = look(dir.path()).unwrap_err().to_string();
@@ -595,9 +600,8 @@ proptest! {
         recycled in any::<bool>(),
         again in 1usize..600,
     ) {
-        let dir = TempDir::new().unwrap();
-        let quick = || Options { fsync: true, ..options(dir.path()) };
-        let (mut log, _) = Log::open(quick()).unwrap();
+        let dir = scratch();
+        let (mut log, _) = open(dir.path());
         if recycled {
             fill(&mut log, 200);
             log.truncate_prefix(Mark { index: 200, term: 1 }).unwrap();
@@ -634,7 +638,7 @@ proptest! {
         }
         fs::write(&path, &torn).unwrap();
 
-        let (mut log, found) = Log::open(quick()).unwrap();
+        let (mut log, found) = open(dir.path());
         let kept = found.entries.len() - 2;
         prop_assert!(kept <= records.len());
         let mut expected = entries(first, 2, 1, 10);
@@ -650,7 +654,7 @@ proptest! {
         log.sync().unwrap();
         expected.extend(more);
         drop(log);
-        let (_log, found) = Log::open(quick()).unwrap();
+        let (_log, found) = open(dir.path());
         prop_assert_eq!(&found.entries, &expected);
         prop_assert_eq!(found.repaired, None);
     }
@@ -662,7 +666,7 @@ proptest! {
         shorten in prop::option::of(any::<u16>()),
         which in any::<bool>(),
     ) {
-        let dir = TempDir::new().unwrap();
+        let dir = scratch();
         let (mut log, _) = Log::open(Options { fsync: false, ..options(dir.path()) }).unwrap();
         fill(&mut log, 60);
         drop(log);
@@ -709,7 +713,7 @@ proptest! {
 
 #[test]
 fn a_crash_at_any_step_keeps_what_was_synced() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     // Each: the step, the directory then, and how far it was durable for certain then.
     type Image = (Step, TempDir, Vec<Entry>, Mark);
@@ -768,7 +772,7 @@ fn a_crash_at_any_step_keeps_what_was_synced() {
 
 #[test]
 fn a_spare_that_was_begun_is_no_segment() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     fill(&mut log, 20);
     let header = SegmentHeader {
@@ -795,7 +799,7 @@ fn a_spare_that_was_begun_is_no_segment() {
 
 #[test]
 fn a_failed_sync_poisons() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     for (device, expected) in [("/dev/full", "no space left"), ("/dev/null", "cannot sync")] {
         let (mut log, before) = open(dir.path());
         let next = before.entries.len() as u64 + 1;
@@ -827,7 +831,7 @@ fn a_failed_sync_poisons() {
 
 #[test]
 fn a_roll_that_fails_poisons() {
-    let dir = TempDir::new().unwrap();
+    let dir = scratch();
     let (mut log, _) = open(dir.path());
     log.append(&entries(1, 1, 1, 3000), None).unwrap();
     log.sync().unwrap();
@@ -1029,16 +1033,13 @@ proptest! {
     #[test]
     fn the_disk_keeps_what_the_model_keeps(
         ops in prop::collection::vec(op(), 1..60),
-        fsync in prop::bool::weighted(0.3),
+        fsync in any::<bool>(),
     ) {
-        let dir = TempDir::new().unwrap();
+        let dir = scratch();
         run(&ops, |log| {
             drop(log);
             Log::open(Options { fsync, ..options(dir.path()) }).unwrap()
         })?;
-        // No segment is left that is not needed, and no name is used twice.
-        let sequences: BTreeSet<PathBuf> = names(dir.path(), "log").into_iter().collect();
-        prop_assert!(!sequences.is_empty());
     }
 
     #[test]
@@ -1087,7 +1088,7 @@ fn a_faulty_log_fails_where_planned_and_tears() {
 #[test]
 fn a_faulty_log_fails_truncation_and_install_before_they_happen() {
     for fault in [Fault::Truncate { nth: 1 }, Fault::Install { nth: 1 }] {
-        let dir = TempDir::new().unwrap();
+        let dir = scratch();
         let (log, found) = open(dir.path());
         let mut log = FaultyLog::new(log, &found, None);
         log.append(&entries(1, 5, 1, 5), None).unwrap();
@@ -1103,14 +1104,4 @@ fn a_faulty_log_fails_truncation_and_install_before_they_happen() {
         drop(log);
         assert_eq!(open(dir.path()).1.entries, entries(1, 5, 1, 5));
     }
-}
-
-#[test]
-fn the_log_can_be_handed_to_a_thread() {
-    fn assert_send<T: Send + 'static>(_: &T) {}
-    let dir = TempDir::new().unwrap();
-    let (log, _) = open(dir.path());
-    assert_send(&log);
-    let _: Box<dyn LogStore> = Box::new(log);
-    let _ = File::open(dir.path());
 }
