@@ -29,36 +29,38 @@ pub struct Log {
     identity: Identity,
     segment_bytes: u64,
     /// With the records that wait in `batch`.
-    appended: Bounds,
+    pub(super) appended: Bounds,
     /// Without them: what the header of a segment begun now would say.
     written: Bounds,
     batch: Batch,
     /// Highest index in `batch`.
     batch_last_index: u64,
-    current: Segment,
+    pub(super) current: Segment,
     /// Older segments, oldest first: those not to be written any more.
     sealed: VecDeque<Sealed>,
     poison: Option<LogError>,
     // Dropped in this order: the thread must be gone before the lock is.
-    spares: Spares,
-    dir: Arc<Directory>,
+    pub(super) spares: Spares,
+    pub(super) dir: Arc<Directory>,
 }
 
 /// The segment that is written to.
 #[derive(Debug)]
-struct Segment {
-    path: PathBuf,
-    file: File,
-    sequence: u64,
+pub(super) struct Segment {
+    pub(super) path: PathBuf,
+    pub(super) file: File,
+    pub(super) sequence: u64,
     salt: u64,
     /// Where the next record goes.
-    end: u64,
+    pub(super) end: u64,
     /// Size of the file. Writing beyond makes it grow, at a price.
-    capacity: u64,
+    pub(super) capacity: u64,
     /// Everything before is on the disk for certain.
     synced: u64,
     /// Highest index of an entry in it.
     last_index: u64,
+    /// The spare to follow it was asked for; once, lest a full disk is tried all the time.
+    spare_wanted: bool,
 }
 
 #[derive(Debug)]
@@ -193,8 +195,8 @@ impl Log {
         self.dir.step(Step::BatchSynced);
         let fsync_duration = began.elapsed();
 
-        let half = capacity / 2;
-        if offset <= half && end > half {
+        if end > capacity / 2 && !self.current.spare_wanted {
+            self.current.spare_wanted = true;
             self.spares.want();
         }
         self.current.end = end;
@@ -295,6 +297,7 @@ impl Segment {
             // Nothing is claimed that was not waited for.
             synced: if fsync { found.end } else { SEGMENT_HEADER_BYTES },
             last_index: found.last_index,
+            spare_wanted: false,
         }
     }
 }
