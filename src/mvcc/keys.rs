@@ -68,15 +68,19 @@ impl Keys {
 
     /// Where `key` is, or where it would have to be inserted.
     pub(super) fn find(&self, key: &[u8]) -> Result<usize, usize> {
-        let Some(first) = self.keys.first() else { return Err(0) };
-        let prefix = first.get(..self.prefix_len).unwrap_or_default();
-        match key.get(..self.prefix_len).unwrap_or(key).cmp(prefix) {
+        let head = head(key, self.prefix_len);
+        let start = self.heads.partition_point(|other| *other < head);
+        // Most searches end here, having looked at one key: even the prefix is only
+        // compared when that was not it.
+        if self.heads.get(start) == Some(&head) && self.get(start) == Some(key) {
+            return Ok(start);
+        }
+        let prefix = self.first().and_then(|first| first.get(..self.prefix_len));
+        match key.get(..self.prefix_len).unwrap_or(key).cmp(prefix.unwrap_or_default()) {
             Ordering::Less => return Err(0),
             Ordering::Greater => return Err(self.keys.len()),
             Ordering::Equal => {}
         }
-        let head = head(key, self.prefix_len);
-        let start = self.heads.partition_point(|other| *other < head);
         let equal = self.heads.iter().skip(start).take_while(|other| **other == head).count();
         let candidates = self.keys.get(start..start + equal).unwrap_or_default();
         match candidates.binary_search_by(|other| other.as_ref().cmp(key)) {
