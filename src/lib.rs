@@ -1,5 +1,6 @@
 //! kvorum: an embedded, etcd-compatible key-value store.
 
+pub mod api;
 pub mod error;
 pub mod metrics;
 pub mod pb;

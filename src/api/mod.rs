@@ -1,0 +1,4 @@
+//! The outside: listeners, HTTP and gRPC.
+
+pub mod listener;
+pub mod tls;
