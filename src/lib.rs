@@ -1,6 +1,7 @@
 //! kvorum: an embedded, etcd-compatible key-value store.
 
 pub mod engine;
+pub mod api;
 pub mod error;
 pub mod lease;
 pub mod log;

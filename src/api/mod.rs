@@ -1,0 +1,5 @@
+//! The outside: listeners, HTTP and gRPC.
+
+pub mod http;
+pub mod listener;
+pub mod tls;
