@@ -452,7 +452,6 @@ impl<O: Outbox> Watchers<O> {
                         && !watcher.behind
                         && watcher.next < compact_revision
                     {
-                        watcher.next = watcher.next.max(self.position + 1);
                         self.fall_behind(slot);
                     }
                 }

@@ -198,10 +198,6 @@ impl Client {
         self.creating.push_back(request.clone());
     }
 
-    pub(crate) fn ids(&self) -> Vec<i64> {
-        self.watches.keys().copied().collect()
-    }
-
     pub(crate) fn got(&mut self, response: WatchResponse, past: &Past) {
         let revision = response.header.expect("every response has a header").revision;
         let id = response.watch_id;
@@ -781,6 +777,44 @@ fn responses_end_at_a_revision_before_they_are_too_large() {
     let responses = bench.create(all.clone());
     let parts: Vec<_> = responses[1..].iter().map(revisions).collect();
     assert_eq!(parts, [vec![2, 2, 2], vec![3, 3, 3], vec![4, 4, 4], vec![5, 6, 7], vec![8, 9]]);
+}
+
+#[test]
+fn what_finds_no_room_in_the_middle_of_a_page_is_read_again() {
+    let mut bench = Bench::new();
+    let value = vec![1; 700 << 10];
+    for _ in 0..5 {
+        bench.past.write(&[("a", Some(&value))]);
+    }
+    while bench.watchers.advance(&bench.past) {}
+    let (id, mailbox) = (StreamId(2), Mailbox::with_capacity(3));
+    bench.watchers.open(id, mailbox.clone());
+    bench.watchers.create(id, watch("a", 1), 6);
+    let mut got = Vec::new();
+    for _ in 0..3 {
+        while bench.watchers.catch_up(&bench.past) {}
+        let responses = mailbox.take_all();
+        assert!(responses.len() <= 3);
+        got.extend(responses.iter().skip(usize::from(got.is_empty())).map(revisions));
+        if mailbox.unblock() {
+            bench.watchers.room(id);
+        }
+    }
+    assert_eq!(got, [[2], [3], [4], [5], [6]]);
+}
+
+#[test]
+fn catching_up_stops_at_the_position() {
+    let mut bench = Bench::new();
+    bench.put("a", b"2");
+    bench.watchers.create(STREAM, watch("a", 2), 2);
+    bench.watchers.progress(STREAM, 2);
+    let changes = bench.past.write(&[("a", Some(b"3"))]);
+    while bench.watchers.catch_up(&bench.past) {}
+    let responses = bench.mailbox.take_all();
+    assert_eq!(responses[1..].iter().map(|r| r.header).collect::<Vec<_>>(), [header(2), header(2)]);
+    bench.watchers.deliver(&changes, 3);
+    assert_eq!(bench.mailbox.take_all().iter().map(revisions).collect::<Vec<_>>(), [[3]]);
 }
 
 #[test]
