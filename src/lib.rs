@@ -2,6 +2,7 @@
 
 pub mod engine;
 pub mod api;
+pub mod config;
 pub mod error;
 pub mod lease;
 pub mod log;
@@ -14,4 +15,7 @@ pub mod state;
 pub mod storage;
 
 pub use engine::Engine;
+pub mod version;
+
+pub use config::Config;
 pub use error::Error;
