@@ -23,7 +23,7 @@ use prost::Message;
 use super::check::{has_default_order, has_revision_filters};
 use crate::error::Error;
 use crate::lease::Lessor;
-use crate::mvcc::{Change, KeyRange, RangeEnd, Version};
+use crate::mvcc::{Change, KeyRange, RangeEnd, Store, Version, WriteTxn};
 use crate::pb::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::pb::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::pb::etcdserverpb::request_op::Request;
@@ -74,6 +74,75 @@ pub trait Writes: Reads {
     fn put(&mut self, key: Bytes, value: Bytes, lease: i64) -> Option<Bytes>;
     /// Deletes keys and returns what they were, in the order of the keys.
     fn delete_range(&mut self, range: &KeyRange) -> Vec<Bytes>;
+}
+
+impl Reads for Store {
+    fn revision(&self) -> i64 {
+        self.revision()
+    }
+
+    fn compact_revision(&self) -> i64 {
+        self.compact_revision()
+    }
+
+    fn get(&self, key: &[u8]) -> Option<&Version> {
+        self.get(key, self.revision())
+    }
+
+    fn scan(
+        &self,
+        range: &KeyRange,
+        at: i64,
+        max: usize,
+        looked_max: usize,
+        visit: &mut dyn FnMut(&[u8], &Version),
+    ) -> Option<Bytes> {
+        self.scan_step(range, at, max, looked_max, visit)
+    }
+
+    fn count(&self, range: &KeyRange, at: i64, budget: usize) -> Option<u64> {
+        self.count(range, at, budget)
+    }
+}
+
+impl Reads for WriteTxn<'_> {
+    fn revision(&self) -> i64 {
+        self.read_revision()
+    }
+
+    fn compact_revision(&self) -> i64 {
+        self.compact_revision()
+    }
+
+    fn get(&self, key: &[u8]) -> Option<&Version> {
+        self.get(key)
+    }
+
+    /// Ranges of a write are not done in steps: `looked_max` does not matter.
+    fn scan(
+        &self,
+        range: &KeyRange,
+        at: i64,
+        max: usize,
+        _looked_max: usize,
+        visit: &mut dyn FnMut(&[u8], &Version),
+    ) -> Option<Bytes> {
+        self.scan(range, at, max, visit)
+    }
+
+    fn count(&self, range: &KeyRange, at: i64, budget: usize) -> Option<u64> {
+        self.count(range, at, budget)
+    }
+}
+
+impl Writes for WriteTxn<'_> {
+    fn put(&mut self, key: Bytes, value: Bytes, lease: i64) -> Option<Bytes> {
+        self.put(key, value, lease)
+    }
+
+    fn delete_range(&mut self, range: &KeyRange) -> Vec<Bytes> {
+        self.delete_range(range)
+    }
 }
 
 /// Whether ranges inside a transaction are carried out. They change nothing, so a
