@@ -802,6 +802,56 @@ fn any_range() -> impl Strategy<Value = RangeRequest> {
     )
 }
 
+fn any_compare() -> impl Strategy<Value = Compare> {
+    let given = prop_oneof![
+        (0..20_i64).prop_map(TargetUnion::ModRevision),
+        (0..20_i64).prop_map(TargetUnion::CreateRevision),
+        (0..3_i64).prop_map(TargetUnion::Version),
+        (0..3_i64).prop_map(TargetUnion::Lease),
+        "[a-c]{0,2}".prop_map(|value| TargetUnion::Value(bytes(&value))),
+    ];
+    let ends = ("[a-l]", prop_oneof![3 => Just(String::new()), 1 => "[a-m]"]);
+    (ends, 0..4_i32, 0..5_i32, given).prop_map(|((key, end), result, target, given)| Compare {
+        result,
+        target,
+        key: bytes(&key),
+        range_end: bytes(&end),
+        target_union: Some(given),
+    })
+}
+
+fn any_txn() -> impl Strategy<Value = TxnRequest> {
+    let flags = (any::<bool>(), prop::bool::weighted(0.1), prop::bool::weighted(0.1));
+    let put = ("[a-l]", "[a-c]{0,2}", 0..3_i64, flags).prop_map(
+        |(key, value, lease, (prev_kv, ignore_value, ignore_lease))| {
+            let put = PutRequest { prev_kv, ignore_value, ignore_lease, ..put_request(&key, "") };
+            let value = if ignore_value { Bytes::new() } else { bytes(&value) };
+            let lease = if ignore_lease { 0 } else { lease };
+            Request::RequestPut(PutRequest { value, lease, ..put })
+        },
+    );
+    let delete = ("[a-l]", prop_oneof![Just(""), Just("\0"), Just("c"), Just("h")]);
+    let delete =
+        delete.prop_map(|(key, end)| Request::RequestDeleteRange(delete_request(&key, end)));
+    let range = any_range().prop_map(|range| {
+        Request::RequestRange(RangeRequest { revision: range.revision / 4, ..range })
+    });
+    let op = prop_oneof![4 => put, 1 => delete, 2 => range]
+        .prop_map(|request| RequestOp { request: Some(request) });
+    let compares = || prop::collection::vec(any_compare(), 0..2);
+    let leaf =
+        (compares(), prop::collection::vec(op.clone(), 0..4), prop::collection::vec(op, 0..2))
+            .prop_map(|(compare, success, failure)| TxnRequest { compare, success, failure });
+    leaf.prop_recursive(2, 8, 3, move |inner| {
+        (inner.clone(), prop::collection::vec(inner.prop_map(txn_op), 0..3)).prop_map(
+            |(mut outer, nested)| {
+                outer.success.extend(nested);
+                outer
+            },
+        )
+    })
+}
+
 proptest! {
     #[test]
     fn a_range_is_what_filter_sort_and_cut_give(
@@ -847,5 +897,26 @@ proptest! {
         prop_assert!(rows.ranked.len() < SORT_SLACK_ROWS + 2 * 21);
         let expected = plain_range(&store, &request);
         prop_assert_eq!(rows.finish(), (expected.kvs, expected.more));
+    }
+
+    #[test]
+    fn the_store_answers_as_the_plain_one_does(txns in prop::collection::vec(any_txn(), 1..25)) {
+        let mut store = Store::new();
+        let mut plain = Plain::new();
+        let lease_exists = |id| id == 1;
+        for request in txns {
+            let applied = apply_txn(&mut plain, &request, &lease_exists, Ranges::Execute);
+            plain.commit();
+            let mut write = store.write();
+            prop_assert_eq!(apply_txn(&mut write, &request, &lease_exists, Ranges::Execute), applied);
+            write.commit();
+            prop_assert_eq!(range(&store, &all()).unwrap(), range(&plain, &all()).unwrap());
+        }
+        for revision in 1..=plain.revision {
+            let request = RangeRequest { revision, ..all() };
+            let mut scan = RangeScan::new(request.clone(), store.revision(), -1).unwrap();
+            while scan.step(&store, 2) == Step::More {}
+            prop_assert_eq!(scan.finish(), range(&plain, &request).unwrap());
+        }
     }
 }
