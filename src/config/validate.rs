@@ -165,13 +165,15 @@ impl Config {
     ///
     /// The warnings are for the log; the errors are all there are, not the first.
     pub fn validate(&self) -> Result<Warnings, ConfigErrors> {
-        self.validate_from(&BTreeMap::new())
+        self.validate_from(&BTreeMap::new(), false)
     }
 
-    /// [`Config::validate`] with where each value came from.
+    /// [`Config::validate`] with where each value came from, and together with
+    /// [`Config::validate_new_member`] when the member is new.
     pub(super) fn validate_from(
         &self,
         origins: &BTreeMap<&'static str, Origin>,
+        is_new: bool,
     ) -> Result<Warnings, ConfigErrors> {
         let mut check = Check::new(self, origins);
         check.effects();
@@ -183,11 +185,15 @@ impl Config {
         check.compaction();
         check.tls();
         check.logging();
+        if is_new {
+            check.new_member();
+        }
         check.conclude()
     }
 
     /// Checks what matters only when the data directory holds no member yet and one is to
-    /// be made: `--initial-cluster` and `--initial-cluster-state`.
+    /// be made: `--initial-cluster` and `--initial-cluster-state`. [`parse`](super::parse)
+    /// has done it for configurations it made.
     pub fn validate_new_member(&self) -> Result<(), ConfigErrors> {
         let origins = BTreeMap::new();
         let mut check = Check::new(self, &origins);
