@@ -1,5 +1,7 @@
 //! The binary as a script sees it, and the sample configurations through the real parser.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -128,6 +130,44 @@ fn a_closed_pipe_is_no_crash() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert_eq!(text(&output.stderr), "");
+}
+
+#[cfg(unix)]
+#[test]
+fn systemd_is_told_and_a_signal_ends_it_with_0() {
+    let directory = tempfile::tempdir().unwrap();
+    let notify = directory.path().join("notify");
+    let socket = std::os::unix::net::UnixDatagram::bind(&notify).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    let data = format!("--data-dir={}", directory.path().join("data").display());
+    let any = "http://127.0.0.1:0";
+    let (listen, advertise) =
+        (format!("--listen-client-urls={any}"), format!("--advertise-client-urls={any}"));
+    let args =
+        [&data, &listen, &advertise, "--listen-peer-urls=http://127.0.0.1:0", "--max-wals=7"];
+    let child = command(Path::new(env!("CARGO_BIN_EXE_kvorum")), &args)
+        .env("NOTIFY_SOCKET", &notify)
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut buffer = [0; 64];
+    let length = socket.recv(&mut buffer).unwrap();
+    assert_eq!(text(&buffer[..length]), "READY=1");
+    let pid = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    // Whatever reads etcd's log reads this one.
+    let stderr = text(&output.stderr);
+    let lines: Vec<serde_json::Value> =
+        stderr.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.iter().all(|line| line["level"].is_string()
+        && line["ts"].is_string()
+        && line["msg"].is_string()));
+    assert!(
+        lines.iter().any(|line| line["flag-name"] == "max-wals" && line["value"] == "7"),
+        "{stderr}"
+    );
 }
 
 fn sample(name: &str) -> PathBuf {

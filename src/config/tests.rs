@@ -153,6 +153,12 @@ fn nothing_said_means_etcds_defaults() {
     assert_eq!(got.quota_bytes(), Some(2_147_483_648));
     assert_eq!(got.watch_progress_interval(), Duration::from_secs(600));
     assert_eq!(got.auto_compaction(), Ok(None));
+    assert_eq!(
+        config(&["--warning-unary-request-duration=0"]).slow_request(),
+        Duration::from_millis(300)
+    );
+    assert!(!got.requires_client_certificate());
+    assert!(config(&["--trusted-ca-file=/ca"]).requires_client_certificate());
     assert_eq!((got.compaction_batch(), got.compaction_sleep()), (1000, Duration::from_millis(10)));
 }
 
@@ -1114,6 +1120,10 @@ fn cipher_suites_that_only_go_has_are_left_out_with_a_warning() {
 #[test]
 fn values_outside_the_usual_are_pointed_out() {
     for (args, expected) in [
+        (
+            &["--auto-tls", "--cert-file=/c", "--key-file=/k"][..],
+            "ignoring client auto TLS since certs given",
+        ),
         (&["--quota-backend-bytes=8589934593"][..], "quota exceeds the maximum value"),
         (&["--max-request-bytes=10485761"], "exceeded recommended request limit"),
         (

@@ -24,6 +24,7 @@ const LARGE_REQUEST_BYTES: u64 = 10 << 20;
 const MAX_ELECTION_TIMEOUT_MS: u64 = 50_000;
 const MIN_WATCH_PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const DEFAULT_WATCH_PROGRESS_INTERVAL: Duration = Duration::from_secs(600);
+const DEFAULT_SLOW_REQUEST: Duration = Duration::from_millis(300);
 const DEFAULT_COMPACTION_BATCH_LIMIT: u64 = 1_000;
 const DEFAULT_COMPACTION_SLEEP_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -152,6 +153,20 @@ impl Config {
             _ => None,
         };
         self.cipher_suites.iter().filter_map(suite).collect()
+    }
+
+    /// Time after which a request is logged as slow.
+    pub fn slow_request(&self) -> Duration {
+        match self.warning_unary_request_duration {
+            Duration::ZERO => DEFAULT_SLOW_REQUEST,
+            duration => duration,
+        }
+    }
+
+    /// Whether a client over TLS must show a certificate: as in etcd, naming a CA is
+    /// enough to require one.
+    pub fn requires_client_certificate(&self) -> bool {
+        self.client_cert_auth || self.trusted_ca_file.is_some()
     }
 
     /// Whether clients are served with a certificate from files.
@@ -587,6 +602,9 @@ impl<'a> Check<'a> {
             );
         }
         let client_tls = config.has_client_certificate() || config.auto_tls;
+        if config.auto_tls && config.has_client_certificate() {
+            self.warn("auto-tls", "ignoring client auto TLS since certs given");
+        }
         for (name, urls) in [
             ("listen-client-urls", &config.listen_client_urls),
             ("listen-client-http-urls", &config.listen_client_http_urls),
