@@ -398,11 +398,11 @@ fn spares_are_bounded_and_wrong_sizes_go() {
     log.spares.settle();
     assert_eq!(names(dir.path(), "spare").len(), 0, "another size is of no use");
     fs::write(dir.path().join("segment-0000000000000009.tmp"), b"half").unwrap();
-    fs::write(dir.path().join("notes.txt"), b"mine").unwrap();
+    fs::write(dir.path().join("ffffffffffffffff.spare"), b"odd").unwrap();
+    fs::write(dir.path().join("notes.tmp"), b"mine").unwrap();
     drop(log);
     drop(open(dir.path()));
-    assert_eq!(names(dir.path(), "tmp").len(), 0);
-    assert!(dir.path().join("notes.txt").exists());
+    assert_eq!(names(dir.path(), "tmp"), [dir.path().join("notes.tmp")]);
 }
 
 #[test]
