@@ -775,6 +775,15 @@ fn restore_refuses_what_is_not_a_store() {
 }
 
 #[test]
+fn a_tombstone_that_outlived_its_version_in_the_checkpoint_is_removed() {
+    let tombstone = (Revision::new(3, 0), true, bytes("\n\x01a"));
+    let mut store = Store::restore([tombstone], 5, 5).unwrap();
+    assert_eq!(store.records().count(), 0);
+    assert_eq!(finish_compaction(&mut store), [Revision::new(3, 0)]);
+    assert_eq!(store.size_bytes(), 0);
+}
+
+#[test]
 fn restored_counts_reach_back_to_the_compact_revision() {
     let mut store = Store::new();
     for key in ["a", "b", "c", "d"] {
