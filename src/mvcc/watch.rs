@@ -426,7 +426,8 @@ impl<O: Outbox> Watchers<O> {
     // Changes.
 
     /// Hands `changes`, which are all of those after the position and up to `through`, to
-    /// the Live watchers.
+    /// the Live watchers. Earlier ones among them do no harm: every Live watcher that wants
+    /// them has them.
     pub fn deliver<'a>(&mut self, changes: impl IntoIterator<Item = &'a Change>, through: i64) {
         let refused = self.fan_out(None, changes);
         self.position = self.position.max(through);
