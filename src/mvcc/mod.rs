@@ -22,12 +22,22 @@
 //! The words here are etcd's: [`Revision`], [`KeyRange`] (a request's `key` and
 //! `range_end`), [`Version`] (what a reader sees), [`Change`] (what a watcher sees).
 
+mod chain;
+mod hash;
+mod keys;
+mod record;
+mod store;
+mod tree;
 pub mod watch;
 
-use bytes::Bytes;
-use prost::Message;
+#[cfg(test)]
+mod tests;
 
-use crate::pb::mvccpb::KeyValue;
+use bytes::Bytes;
+
+pub use hash::HashKv;
+pub use record::{Record, RecordsCut, RestoreError};
+pub use store::{CompactStep, Store, WriteTxn};
 
 /// When a change happened: the write, and its place within that write.
 ///
@@ -149,18 +159,6 @@ impl Change {
     /// The record to store for this change: the put version as it is, or, for a
     /// delete, a `mvccpb.KeyValue` that holds the key alone.
     pub fn record(&self) -> Bytes {
-        if self.deleted { encode_tombstone(&self.key) } else { self.kv.clone() }
+        if self.deleted { record::tombstone(&self.key) } else { self.kv.clone() }
     }
-}
-
-/// The stored form of a delete of `key`.
-fn encode_tombstone(key: &[u8]) -> Bytes {
-    // In a buffer of its own: a slice would keep the buffer it was cut from alive.
-    let key = Bytes::copy_from_slice(key);
-    encode(&KeyValue { key, ..KeyValue::default() })
-}
-
-/// `kv` in its wire form, in one allocation of exactly its size.
-fn encode(kv: &KeyValue) -> Bytes {
-    Bytes::from(kv.encode_to_vec())
 }
