@@ -204,9 +204,16 @@ pub struct HubHandle {
 impl HubHandle {
     /// Opens a stream without watchers. On a closed hub, a stream that has ended.
     pub fn open_stream(&self) -> WatchStream {
-        let id = StreamId(self.shared.next_stream.fetch_add(1, Ordering::Relaxed));
+        let (stream, hub_end) = self.new_stream();
+        // Fails when the hub has ended; then the stream's ends find each other gone.
+        let _ = self.control.send(Control::Open(hub_end));
+        self.shared.wake.notify_one();
+        stream
+    }
+
+    fn new_stream(&self) -> (WatchStream, HubEnd) {
         let gate = Arc::new(Gate {
-            stream: id,
+            stream: StreamId(self.shared.next_stream.fetch_add(1, Ordering::Relaxed)),
             responses: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             blocked: AtomicBool::new(false),
@@ -217,13 +224,11 @@ impl HubHandle {
         let (request_sender, requests) = mpsc::channel(STREAM_REQUESTS);
         // The gate is the bound.
         let (responses, response_receiver) = mpsc::unbounded_channel();
-        // Fails when the hub has ended; then the stream's ends find each other gone.
-        let _ = self.control.send(Control::Open { gate: Arc::clone(&gate), requests, responses });
-        self.shared.wake.notify_one();
-        WatchStream {
+        let stream = WatchStream {
             requests: Requests { queue: request_sender, gate: Arc::clone(&gate) },
-            responses: Responses { queue: response_receiver, gate },
-        }
+            responses: Responses { queue: response_receiver, gate: Arc::clone(&gate) },
+        };
+        (stream, HubEnd { gate, requests, responses })
     }
 
     /// Ends the hub and all streams. Responses that are queued can still be read.
@@ -416,14 +421,17 @@ impl Outbox for Lane {
     }
 }
 
+/// The hub's end of a new stream.
+struct HubEnd {
+    gate: Arc<Gate>,
+    requests: mpsc::Receiver<WatchRequest>,
+    responses: mpsc::UnboundedSender<Queued>,
+}
+
 /// What the ends of streams tell the hub. A stream has one message of each kind under way
 /// at most, so the queue is bounded by the number of streams.
 enum Control {
-    Open {
-        gate: Arc<Gate>,
-        requests: mpsc::Receiver<WatchRequest>,
-        responses: mpsc::UnboundedSender<Queued>,
-    },
+    Open(HubEnd),
     Attend(StreamId),
     Close(StreamId),
 }
@@ -521,7 +529,7 @@ impl<H: History + Send> WatchHub<H> {
     fn attend(&mut self) -> bool {
         for _ in 0..TURN_STREAMS {
             match self.control.try_recv() {
-                Ok(Control::Open { gate, requests, responses }) => {
+                Ok(Control::Open(HubEnd { gate, requests, responses })) => {
                     let (stream, header) = (gate.stream, Arc::clone(&self.header));
                     let lane = Lane { queue: responses, gate, header };
                     self.watchers.open(stream, lane.clone());

@@ -195,6 +195,31 @@ async fn a_queue_is_bounded_by_bytes_too() {
     assert_eq!(read_through(&mut slow, 101).await, Vec::from_iter(2..=101));
 }
 
+#[test]
+fn a_full_queue_calls_the_hub_once_when_half_of_it_is_read() {
+    let (control_sender, mut control) = mpsc::unbounded_channel();
+    let handle = HubHandle { control: control_sender, shared: Arc::default() };
+    let (WatchStream { requests: _requests, mut responses }, hub_end) = handle.new_stream();
+    let header: HeaderSource = Arc::new(|_| ResponseHeader::default());
+    let lane = Lane { queue: hub_end.responses, gate: hub_end.gate, header };
+    for _ in 0..3 {
+        while lane.has_room() {
+            lane.push(WatchResponse::default());
+        }
+        for left in (0..STREAM_RESPONSES).rev() {
+            assert!(control.try_recv().is_err(), "{left} are enough to read");
+            responses.try_recv().unwrap();
+            if left < STREAM_RESPONSES / 2 {
+                break;
+            }
+        }
+        assert!(matches!(control.try_recv(), Ok(Control::Attend(_))));
+        while responses.try_recv().is_some() {}
+        assert!(control.try_recv().is_err(), "once is enough");
+        lane.gate.attention.store(false, Ordering::SeqCst);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn requests_wait_while_answers_are_not_read() {
     let member = Member::start(6);
