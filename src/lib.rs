@@ -5,5 +5,6 @@ pub mod lease;
 pub mod mvcc;
 pub mod pb;
 pub mod state;
+pub mod storage;
 
 pub use error::Error;
