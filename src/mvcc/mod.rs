@@ -24,6 +24,7 @@
 
 mod chain;
 mod hash;
+mod keys;
 mod record;
 mod store;
 mod tree;

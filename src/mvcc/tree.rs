@@ -28,6 +28,8 @@
 //!
 //! What it does not do: concurrency (its owner locks), and choosing what is dead.
 
+use super::keys::Keys;
+
 /// Whether a value counts.
 pub(super) trait Counted {
     fn is_live(&self) -> bool;
@@ -41,8 +43,8 @@ const INNER_CHILDREN_MAX: usize = 64;
 /// How full the nodes of a bulk-built tree are: some room, so that the first insertions
 /// after a restart do not all split.
 const BULK_FILL: usize = 56;
-/// Room added to a full leaf, in keys: doubling would leave leaves half empty for good.
-const LEAF_GROWTH: usize = 8;
+/// Room added to a full node, in keys: doubling would leave nodes half empty for good.
+const NODE_GROWTH: usize = 8;
 
 /// The map. `V` is the value kept for each key.
 pub(super) struct Tree<V> {
@@ -57,13 +59,13 @@ enum Node<V> {
 
 /// Keys apart from values: a search touches the keys alone.
 struct Leaf<V> {
-    keys: Vec<Box<[u8]>>,
+    keys: Keys,
     values: Vec<V>,
 }
 
 struct Inner<V> {
     /// One fewer than children.
-    separators: Vec<Box<[u8]>>,
+    separators: Keys,
     /// One per child.
     live: Vec<usize>,
     children: Vec<Node<V>>,
@@ -94,31 +96,24 @@ impl<V: Counted> Tree<V> {
         let mut entries = entries.into_iter();
         let mut level: Vec<Split<V>> = Vec::new();
         loop {
-            let mut leaf = Leaf::empty();
-            for (key, value) in entries.by_ref().take(BULK_FILL) {
-                leaf.keys.push(key);
-                leaf.values.push(value);
-            }
-            let Some(first) = leaf.keys.first() else { break };
-            let (separator, live) = (first.clone(), leaf.live());
-            leaf.keys.shrink_to_fit();
-            leaf.values.shrink_to_fit();
-            level.push(Split { separator, live, node: Node::Leaf(leaf) });
+            let (keys, mut values): (Vec<_>, Vec<_>) = entries.by_ref().take(BULK_FILL).unzip();
+            values.shrink_to_fit();
+            let leaf = Leaf { keys: Keys::from_sorted(keys), values };
+            let Some(separator) = leaf.keys.first().map(Box::from) else { break };
+            level.push(Split { separator, live: leaf.live(), node: Node::Leaf(leaf) });
         }
         while level.len() > 1 {
             let mut nodes = level.into_iter();
             let mut above = Vec::new();
             while let Some(first) = nodes.next() {
-                let mut inner = Inner {
-                    separators: Vec::new(),
-                    live: vec![first.live],
-                    children: vec![first.node],
-                };
+                let (mut separators, mut live) = (Vec::new(), vec![first.live]);
+                let mut children = vec![first.node];
                 for next in nodes.by_ref().take(BULK_FILL - 1) {
-                    inner.separators.push(next.separator);
-                    inner.live.push(next.live);
-                    inner.children.push(next.node);
+                    separators.push(next.separator);
+                    live.push(next.live);
+                    children.push(next.node);
                 }
+                let inner = Inner { separators: Keys::from_sorted(separators), live, children };
                 above.push(Split {
                     separator: first.separator,
                     live: inner.live.iter().sum(),
@@ -161,7 +156,7 @@ impl<V: Counted> Tree<V> {
         if let Some(right) = split {
             let left = std::mem::replace(&mut self.root, Node::empty());
             self.root = Node::Inner(Inner {
-                separators: vec![right.separator],
+                separators: Keys::from_sorted(vec![right.separator]),
                 live: vec![self.live - right.live, right.live],
                 children: vec![left, right.node],
             });
@@ -268,7 +263,7 @@ impl<V: Counted> Node<V> {
 
 impl<V: Counted> Leaf<V> {
     fn empty() -> Leaf<V> {
-        Leaf { keys: Vec::new(), values: Vec::new() }
+        Leaf { keys: Keys::new(), values: Vec::new() }
     }
 
     fn live(&self) -> usize {
@@ -277,7 +272,7 @@ impl<V: Counted> Leaf<V> {
 
     /// Where `key` is, or where it would have to be inserted.
     fn find(&self, key: &[u8]) -> Result<usize, usize> {
-        self.keys.binary_search_by(|other| other.as_ref().cmp(key))
+        self.keys.find(key)
     }
 
     fn upsert<R>(
@@ -300,11 +295,10 @@ impl<V: Counted> Leaf<V> {
                     return Upsert { result, live_delta: 0, split: None };
                 };
                 let live_delta = isize::from(value.is_live());
-                if self.keys.len() == self.keys.capacity() {
-                    self.keys.reserve_exact(LEAF_GROWTH);
-                    self.values.reserve_exact(LEAF_GROWTH);
+                if self.values.len() == self.values.capacity() {
+                    self.values.reserve_exact(NODE_GROWTH);
                 }
-                self.keys.insert(position, key.into());
+                self.keys.insert(position, key.into(), NODE_GROWTH);
                 self.values.insert(position, value);
                 let split =
                     if self.keys.len() > LEAF_KEYS_MAX { self.split(position) } else { None };
@@ -318,19 +312,17 @@ impl<V: Counted> Leaf<V> {
     fn split(&mut self, inserted: usize) -> Option<Split<V>> {
         let at = split_point(self.keys.len(), inserted);
         let right = Leaf { keys: self.keys.split_off(at), values: self.values.split_off(at) };
-        self.keys.shrink_to_fit();
         self.values.shrink_to_fit();
-        let separator = right.keys.first()?.clone();
+        let separator = Box::from(right.keys.first()?);
         Some(Split { separator, live: right.live(), node: Node::Leaf(right) })
     }
 
     fn remove(&mut self, key: &[u8]) -> Option<V> {
         let position = self.find(key).ok()?;
-        self.keys.remove(position);
+        self.keys.remove(position, NODE_GROWTH);
         let value = self.values.remove(position);
-        if self.keys.len() * 2 < self.keys.capacity() {
-            self.keys.shrink_to(self.keys.len() + LEAF_GROWTH);
-            self.values.shrink_to(self.values.len() + LEAF_GROWTH);
+        if self.values.len() * 2 < self.values.capacity() {
+            self.values.shrink_to(self.values.len() + NODE_GROWTH);
         }
         Some(value)
     }
@@ -339,7 +331,8 @@ impl<V: Counted> Leaf<V> {
 impl<V: Counted> Inner<V> {
     /// The child that holds `key`, if any does.
     fn child_of(&self, key: &[u8]) -> usize {
-        self.separators.partition_point(|separator| separator.as_ref() <= key)
+        // A key that equals a separator is right of it.
+        self.separators.find(key).map_or_else(|position| position, |position| position + 1)
     }
 
     #[expect(
@@ -358,7 +351,7 @@ impl<V: Counted> Inner<V> {
         let mut split = None;
         if let Some(right) = below.split {
             self.live[child] = live - right.live;
-            self.separators.insert(child, right.separator);
+            self.separators.insert(child, right.separator, NODE_GROWTH);
             self.live.insert(child + 1, right.live);
             self.children.insert(child + 1, right.node);
             if self.children.len() > INNER_CHILDREN_MAX {
@@ -393,7 +386,7 @@ impl<V: Counted> Inner<V> {
             self.children.remove(child);
             // The neighbour takes over the range of the child that went.
             if !self.separators.is_empty() {
-                self.separators.remove(child.saturating_sub(1));
+                self.separators.remove(child.saturating_sub(1), NODE_GROWTH);
             }
         }
         Some(value)
@@ -527,14 +520,14 @@ mod tests {
             Node::Leaf(leaf) => {
                 assert_eq!(leaf.keys.len(), leaf.values.len());
                 assert!(leaf.keys.len() <= LEAF_KEYS_MAX);
-                assert!(leaf.keys.is_sorted());
+                leaf.keys.check();
                 (1, leaf.live())
             }
             Node::Inner(inner) => {
                 assert!(!inner.children.is_empty());
                 assert!(inner.children.len() <= INNER_CHILDREN_MAX);
                 assert_eq!(inner.separators.len() + 1, inner.children.len());
-                assert!(inner.separators.is_sorted());
+                inner.separators.check();
                 let below: Vec<_> = inner.children.iter().map(check_nodes).collect();
                 assert!(inner.children.iter().all(|child| !child.is_empty()));
                 assert!(below.iter().all(|(depth, _)| *depth == below[0].0), "unequal depth");
