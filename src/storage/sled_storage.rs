@@ -6,6 +6,7 @@
 //! - sled panics on damage it did not expect. Each call is caught; after a panic, or an
 //!   error, the storage fails for good and sled is not touched again, not even to close
 //!   it, because that may never return. Its file stays locked until the process ends.
+//!   (So panics must unwind: a build with `panic = "abort"` dies instead.)
 //! - Damage that sled does not notice is found by the checksum of each record
 //!   ([`super::record`]), and lost records by counting: each batch carries the number
 //!   of records there are in each table. An old state that sled takes for the newest
@@ -75,7 +76,7 @@ pub struct SledStorage {
 }
 
 /// What every batch says of the state it leads to.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Default)]
 struct Progress {
     /// How many batches led there.
     writes: u64,
@@ -458,4 +459,36 @@ fn describe(stored_key: &[u8]) -> String {
 fn sync_parent(parent: &Path) -> io::Result<()> {
     let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
     File::open(parent)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_panic_sled_is_left_alone() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let mut storage = SledStorage::open(&dir.path().join("ckpt-1")).unwrap();
+        let error = storage.call::<()>("read", |_| panic!("a page of no known kind")).unwrap_err();
+        assert!(matches!(error, StorageError::Damaged { .. }), "{error}");
+        assert!(error.to_string().contains("a page of no known kind"), "{error}");
+        assert!(matches!(storage.get(Table::Head, b""), Err(StorageError::Failed { .. })));
+        assert!(matches!(storage.write(Batch::new()), Err(StorageError::Failed { .. })));
+        assert!(matches!(storage.sync(), Err(StorageError::Failed { .. })));
+        drop(storage);
+        let error = SledStorage::open(&dir.path().join("ckpt-1")).unwrap_err();
+        assert!(matches!(error, StorageError::Locked { .. }), "never closed: {error}");
+    }
+
+    #[test]
+    fn a_failed_sync_is_not_tried_again() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let path = dir.path().join("ckpt-1");
+        let mut storage = SledStorage::open(&path).unwrap();
+        // As sled would for a page that is too large.
+        fs::write(path.join("blobs").join("1"), "page").unwrap();
+        assert!(matches!(storage.sync(), Err(StorageError::Io { .. })));
+        fs::remove_file(path.join("blobs").join("1")).unwrap();
+        assert!(matches!(storage.sync(), Err(StorageError::Failed { .. })));
+    }
 }
