@@ -1,6 +1,21 @@
 //! kvorum: an embedded, etcd-compatible key-value store.
 
+pub mod engine;
+pub mod api;
+pub mod config;
 pub mod error;
+pub mod lease;
+pub mod log;
+pub mod metrics;
+pub mod mvcc;
 pub mod pb;
+pub mod raft;
+pub mod runtime;
+pub mod state;
+pub mod storage;
 
+pub use engine::Engine;
+pub mod version;
+
+pub use config::Config;
 pub use error::Error;

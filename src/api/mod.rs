@@ -155,3 +155,8 @@ pub fn in_process_channel(router: axum::Router) -> Channel {
     // The name is never resolved: the connector goes elsewhere.
     Endpoint::from_static("http://in-process.kvorum.invalid").connect_with_connector_lazy(connector)
 }
+//! The outside: listeners, HTTP and gRPC.
+
+pub mod http;
+pub mod listener;
+pub mod tls;
