@@ -19,12 +19,16 @@ mod cluster;
 mod concurrency;
 mod election;
 mod health;
+pub mod http;
 mod intercept;
 mod kv;
 mod lease;
+pub mod listener;
 mod lock;
 mod maintenance;
+mod probe;
 pub mod status;
+pub mod tls;
 mod watch;
 
 use std::convert::Infallible;
@@ -76,7 +80,7 @@ macro_rules! services {
         impl Dispatch for Services {
             fn dispatch(
                 &self,
-                request: http::Request<RequestBody>,
+                request: ::http::Request<RequestBody>,
             ) -> Option<BoxFuture<Response, Infallible>> {
                 let (service, _method) = request.uri().path().strip_prefix('/')?.split_once('/')?;
                 match service {
@@ -155,8 +159,3 @@ pub fn in_process_channel(router: axum::Router) -> Channel {
     // The name is never resolved: the connector goes elsewhere.
     Endpoint::from_static("http://in-process.kvorum.invalid").connect_with_connector_lazy(connector)
 }
-//! The outside: listeners, HTTP and gRPC.
-
-pub mod http;
-pub mod listener;
-pub mod tls;
