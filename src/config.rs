@@ -7,7 +7,7 @@
 //!                  a program that embeds the server writes one itself
 //! ```
 //!
-//! One table ([`flag`]) knows everything about a flag: its field, its name, its YAML
+//! One table (`config::flag`) knows everything about a flag: its field, its name, its YAML
 //! key, its help and whether it has an effect here. The parser, the checks, `--help`
 //! and `docs/flags.md` are made from it.
 //!
@@ -24,7 +24,7 @@
 mod deprecated;
 mod duration;
 mod features;
-pub(crate) mod flag;
+mod flag;
 mod go_number;
 mod help;
 mod parse;

@@ -87,6 +87,21 @@ pub struct Versions {
     pub storage: &'static str,
 }
 
+/// Where raft is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RaftStatus {
+    /// The leader's id; 0 when none is known.
+    pub leader: u64,
+    /// Whether this member is the leader.
+    pub is_leader: bool,
+    /// The current term.
+    pub term: u64,
+    /// The newest committed index.
+    pub committed: u64,
+    /// The newest applied index.
+    pub applied: u64,
+}
+
 /// The parts an engine is made of. Put together by the server.
 pub(crate) struct Parts {
     pub(crate) member_id: u64,
@@ -309,9 +324,14 @@ impl Engine {
 
     // ---- Watch ----
 
-    /// Opens a stream of watches.
-    pub fn watch(&self) -> WatchStream {
-        self.parts.hub.open_stream()
+    /// Opens a stream of watches. It ends when its responses are dropped, or with the
+    /// server.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when something stopped this server for good.
+    pub fn watch(&self) -> Result<WatchStream, Error> {
+        self.serializable_check()?;
+        Ok(self.parts.hub.open_stream())
     }
 
     // ---- Lease ----
@@ -584,6 +604,23 @@ impl Engine {
     /// This member's id.
     pub fn member_id(&self) -> u64 {
         self.parts.member_id
+    }
+
+    /// Where raft is, as this member knows it.
+    pub fn raft_status(&self) -> RaftStatus {
+        let role = *self.parts.published.role.borrow();
+        RaftStatus {
+            leader: role.leader,
+            is_leader: role.is_leader,
+            term: role.term,
+            committed: self.parts.published.committed(),
+            applied: *self.parts.published.applied.borrow(),
+        }
+    }
+
+    /// How long a request waits for the cluster before it is answered as timed out.
+    pub fn request_timeout(&self) -> Duration {
+        self.parts.proposer.request_timeout()
     }
 
     /// This member's term, if it leads.

@@ -27,9 +27,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::api;
+use crate::api::http::{self, AccessControl};
 use crate::api::listener::{self, Listener, ServeOptions, SocketOptions};
-use crate::api::tls::{AutoTls, Side, Tls, TlsError, TlsSettings};
-use crate::config::{AutoCompactionMode, Config, ConfigErrors};
+use crate::api::tls::{AutoTls, Side, Tls, TlsError, TlsSettings, TlsVersion};
+use crate::config::{AutoCompaction, Config, ConfigErrors, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
 use crate::metrics::Metrics;
@@ -86,7 +87,6 @@ pub enum StartError {
 
 /// A running server. Dropping it stops it too, without waiting for anything;
 /// [`Server::shutdown`] is the orderly way.
-#[derive(Debug)]
 pub struct Server {
     engine: Engine,
     client_urls: Vec<url::Url>,
@@ -108,17 +108,16 @@ impl Server {
     /// [`StartError`]; nothing is left running.
     pub async fn start(config: Config) -> Result<Server, StartError> {
         let began = Instant::now();
-        let warnings = config.validate()?;
-        for warning in warnings {
-            tracing::warn!("{warning}");
+        for notice in config.validate()? {
+            notice.log();
         }
         let bound = Bound::bind(&config)?;
         let member = Member::start(&config).await?;
         let engine = member.engine.clone();
         member.ready(&config, &bound).await?;
 
-        let router = api::client_router(&engine, &config);
-        let monitoring = api::monitoring_router(&engine);
+        let Routers { all, grpc, http, monitoring } = Routers::new(&engine, &config);
+        let on_client_port = if bound.http_only.is_empty() { all.clone() } else { grpc };
         let options = serve_options(&config);
         let client_urls: Vec<_> =
             bound.clients.iter().map(|listener| listener.local_url().clone()).collect();
@@ -126,8 +125,8 @@ impl Server {
             bound.metrics.iter().map(|listener| listener.local_url().clone()).collect();
         let mut listeners = Vec::new();
         for (bound, router) in [
-            (bound.clients, router.clone()),
-            (bound.http_only, api::http_router(&engine, &config)),
+            (bound.clients, on_client_port),
+            (bound.http_only, http),
             (bound.metrics, monitoring),
         ] {
             for listener in bound {
@@ -139,7 +138,7 @@ impl Server {
         }
         tracing::info!(took = ?began.elapsed(), "ready to serve client requests");
         let Member { fault, stop, .. } = member;
-        Ok(Server { engine, client_urls, metrics_urls, router, fault, stop, listeners })
+        Ok(Server { engine, client_urls, metrics_urls, router: all, fault, stop, listeners })
     }
 
     /// The handle for calls that need no socket.
@@ -190,6 +189,35 @@ impl Server {
     }
 }
 
+/// What is served where.
+struct Routers {
+    /// gRPC and HTTP on one port.
+    all: axum::Router,
+    grpc: axum::Router,
+    http: axum::Router,
+    monitoring: axum::Router,
+}
+
+impl Routers {
+    fn new(engine: &Engine, config: &Config) -> Routers {
+        let metrics = engine.metrics();
+        let source = Arc::new(engine.clone());
+        let timeout = engine.request_timeout();
+        let access = AccessControl {
+            cors: config.cors.iter().cloned().collect(),
+            host_whitelist: config.host_whitelist.iter().cloned().collect(),
+        };
+        let grpc = api::grpc_router(engine.clone(), Arc::clone(metrics));
+        let http = http::client_router(Arc::clone(&source), Arc::clone(metrics), timeout);
+        Routers {
+            all: http::one_port(grpc.clone(), http.clone(), access.clone()),
+            grpc,
+            http: http::guarded(http, access),
+            monitoring: http::metrics_router(source, Arc::clone(metrics), timeout),
+        }
+    }
+}
+
 /// Sockets, bound before anything is written: an address in use is the most likely
 /// mistake.
 struct Bound {
@@ -230,21 +258,28 @@ fn listen_url(url: &crate::config::Url) -> Result<url::Url, StartError> {
 }
 
 fn tls_settings(config: &Config) -> TlsSettings {
-    let hosts = config.listen_client_urls.iter().map(|url| url.host().to_owned()).collect();
+    let hosts = config.listen_client_urls.iter().filter_map(|url| url.host().map(str::to_owned));
     TlsSettings {
         side: Side::Client,
         cert_file: config.cert_file.clone(),
         key_file: config.key_file.clone(),
         trusted_ca_file: config.trusted_ca_file.clone(),
         client_cert_auth: config.client_cert_auth,
-        min_version: config.tls_min_version.into(),
-        max_version: config.tls_max_version.into(),
+        min_version: Some(tls_version(config.tls_min_version)),
+        max_version: config.tls_max_version.map(tls_version),
         cipher_suites: config.cipher_suites.clone(),
         auto: config.auto_tls.then(|| AutoTls {
             dir: config.data_dir.join("fixtures").join("client"),
-            hosts,
+            hosts: hosts.collect(),
             validity_years: u32::try_from(config.self_signed_cert_validity).unwrap_or(u32::MAX),
         }),
+    }
+}
+
+fn tls_version(version: crate::config::TlsVersion) -> TlsVersion {
+    match version {
+        crate::config::TlsVersion::Tls12 => TlsVersion::Tls12,
+        crate::config::TlsVersion::Tls13 => TlsVersion::Tls13,
     }
 }
 
@@ -267,9 +302,9 @@ struct Member {
 
 impl Member {
     async fn start(config: &Config) -> Result<Member, StartError> {
-        let metrics = match config.metrics_extensive() {
-            true => Metrics::extensive()?,
-            false => Metrics::new()?,
+        let metrics = match config.metrics {
+            MetricsLevel::Extensive => Metrics::extensive()?,
+            MetricsLevel::Basic => Metrics::new()?,
         };
         let place = place(config);
         let bootstrap = bootstrap(config);
@@ -407,8 +442,8 @@ impl Member {
             pins,
             checkpointer,
             pace: CompactionPace {
-                keys_per_step: config.compaction_batch(),
-                pause: config.compaction_pause(),
+                keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
+                pause: config.compaction_sleep(),
             },
             slow_apply: config.warning_apply_duration,
             fault: fault.clone(),
@@ -498,32 +533,21 @@ fn bootstrap(config: &Config) -> Bootstrap {
 }
 
 fn limits(config: &Config) -> Limits {
-    /// What `--quota-backend-bytes=0` means; etcd's value.
-    const QUOTA_DEFAULT_BYTES: u64 = 2 * 1024 * 1024 * 1024;
-    let quota_bytes = match config.quota_backend_bytes {
-        0 => Some(QUOTA_DEFAULT_BYTES),
-        // Negative: no quota.
-        bytes => u64::try_from(bytes).ok(),
-    };
     Limits {
         max_request_bytes: usize::try_from(config.max_request_bytes).unwrap_or(usize::MAX),
         max_txn_ops: usize::try_from(config.max_txn_ops).unwrap_or(usize::MAX),
-        quota_bytes,
-        heartbeat: Duration::from_millis(config.heartbeat_interval),
-        election_timeout: Duration::from_millis(config.election_timeout),
+        quota_bytes: config.quota_bytes(),
+        heartbeat: config.heartbeat(),
+        election_timeout: config.election(),
         warning_unary_request_duration: config.warning_unary_request_duration,
     }
 }
 
 fn retention(config: &Config) -> Option<Retention> {
-    match config.auto_compaction() {
-        Some((AutoCompactionMode::Periodic, amount)) => {
-            Some(Retention::Period(Duration::from_nanos(amount)))
-        }
-        Some((AutoCompactionMode::Revision, amount)) => {
-            Some(Retention::Revisions(i64::try_from(amount).unwrap_or(i64::MAX)))
-        }
-        None => None,
+    // A retention that is none has been refused by the configuration's check.
+    match config.auto_compaction().ok().flatten()? {
+        AutoCompaction::Periodic(period) => Some(Retention::Period(period)),
+        AutoCompaction::Revision(kept) => Some(Retention::Revisions(kept)),
     }
 }
 
@@ -569,7 +593,6 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<ThreadHandle
 }
 
 /// How everything is told to stop.
-#[derive(Debug)]
 struct Stop {
     signal: watch::Sender<bool>,
     hub: HubHandle,
@@ -616,7 +639,6 @@ impl Drop for Stop {
 }
 
 /// The threads, and how they are told to stop.
-#[derive(Debug)]
 struct Threads {
     raft: mpsc::Sender<RaftInput>,
     checkpoint: mpsc::Sender<CheckpointTask>,

@@ -8,6 +8,9 @@
 /// `/version`, `Status.version` and `--version` answer.
 pub const ETCD_VERSION: &str = "3.7.1";
 
+/// The cluster and storage version that goes with it.
+pub const ETCD_STORAGE_VERSION: &str = "3.7.0";
+
 /// This package's own version.
 pub const KVORUM_VERSION: &str = env!("CARGO_PKG_VERSION");
 

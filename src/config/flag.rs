@@ -203,8 +203,7 @@ const CLIENT_URL: &str = "http://localhost:2379";
 const ROTATION: &str =
     r#"{"maxsize": 100, "maxage": 0, "maxbackups": 0, "localtime": false, "compress": false}"#;
 
-const NO_PEERS: &str =
-    "members of several do not exist in this version; nothing is sent to or received from peers";
+const NO_PEERS: &str = "this version runs single members, which have no peers";
 const NO_BBOLT: &str = "there is no bbolt database";
 const NO_AUTH: &str = "users and roles are not available in this version";
 const NO_DISCOVERY: &str =

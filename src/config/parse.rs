@@ -42,21 +42,28 @@ pub enum Outcome {
 }
 
 /// Reads a command line (without the program's name) and an environment, and the
-/// configuration file they name.
+/// configuration file they name. Looks also whether the data directory holds a member,
+/// because what makes a new one is checked only when it does not.
 pub fn parse<A, E>(args: A, env: E) -> Outcome
 where
     A: IntoIterator,
     A::Item: Into<OsString>,
     E: IntoIterator<Item = (OsString, OsString)>,
 {
-    parse_with(args.into_iter().map(Into::into), env, |path| std::fs::read_to_string(path))
+    parse_with(
+        args.into_iter().map(Into::into),
+        env,
+        |path| std::fs::read_to_string(path),
+        Path::exists,
+    )
 }
 
-/// [`parse`] with the reading of files passed in.
+/// [`parse`] with its two looks at the file system passed in.
 pub(super) fn parse_with(
     args: impl IntoIterator<Item = OsString>,
     env: impl IntoIterator<Item = (OsString, OsString)>,
     read_file: impl FnOnce(&Path) -> std::io::Result<String>,
+    exists: impl FnOnce(&Path) -> bool,
 ) -> Outcome {
     let mut texts = Vec::new();
     for arg in args {
@@ -109,7 +116,7 @@ pub(super) fn parse_with(
             builder.apply_environment(&line.settings, &env);
         }
     }
-    builder.finish()
+    builder.finish(exists)
 }
 
 fn usage_error(errors: &[String]) -> Outcome {
@@ -358,10 +365,10 @@ impl Builder {
                 self.problems.push(Problem {
                     flag: name.to_owned(),
                     value: shown(name, value),
-                    message: format!(
-                        "conflicting environment variable {variable:?} is shadowed by corresponding command-line flag \
-                         (either unset environment variable or disable flag)"
-                    ),
+                    // etcd's text to the letter, its two closing parentheses included.
+                    message: "conflicting environment variable is shadowed by corresponding command-line flag \
+                              (either unset environment variable or disable flag))"
+                        .to_owned(),
                     fix: format!("unset {variable}, or remove --{name} from the command line"),
                     origin,
                 });
@@ -559,7 +566,7 @@ impl Builder {
     }
 
     /// Fills in what follows from other values, checks, and concludes.
-    fn finish(mut self) -> Outcome {
+    fn finish(mut self, exists: impl FnOnce(&Path) -> bool) -> Outcome {
         let config = &mut self.config;
         if config.data_dir.as_os_str().is_empty() || !self.origins.contains_key("data-dir") {
             config.data_dir = PathBuf::from(format!("{}.etcd", config.name));
@@ -584,7 +591,8 @@ impl Builder {
             config.initial_cluster =
                 BTreeMap::from([(config.name.clone(), config.initial_advertise_peer_urls.clone())]);
         }
-        match self.config.validate_from(&self.origins) {
+        let is_new = !exists(&self.config.member_dir());
+        match self.config.validate_from(&self.origins, is_new) {
             Ok(warnings) => self.notices.extend(warnings),
             Err(errors) => self.problems.extend(errors.problems),
         }

@@ -24,6 +24,7 @@ const LARGE_REQUEST_BYTES: u64 = 10 << 20;
 const MAX_ELECTION_TIMEOUT_MS: u64 = 50_000;
 const MIN_WATCH_PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const DEFAULT_WATCH_PROGRESS_INTERVAL: Duration = Duration::from_secs(600);
+const DEFAULT_SLOW_REQUEST: Duration = Duration::from_millis(300);
 const DEFAULT_COMPACTION_BATCH_LIMIT: u64 = 1_000;
 const DEFAULT_COMPACTION_SLEEP_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -154,6 +155,20 @@ impl Config {
         self.cipher_suites.iter().filter_map(suite).collect()
     }
 
+    /// Time after which a request is logged as slow.
+    pub fn slow_request(&self) -> Duration {
+        match self.warning_unary_request_duration {
+            Duration::ZERO => DEFAULT_SLOW_REQUEST,
+            duration => duration,
+        }
+    }
+
+    /// Whether a client over TLS must show a certificate: as in etcd, naming a CA is
+    /// enough to require one.
+    pub fn requires_client_certificate(&self) -> bool {
+        self.client_cert_auth || self.trusted_ca_file.is_some()
+    }
+
     /// Whether clients are served with a certificate from files.
     pub fn has_client_certificate(&self) -> bool {
         self.cert_file.is_some() || self.key_file.is_some()
@@ -165,13 +180,15 @@ impl Config {
     ///
     /// The warnings are for the log; the errors are all there are, not the first.
     pub fn validate(&self) -> Result<Warnings, ConfigErrors> {
-        self.validate_from(&BTreeMap::new())
+        self.validate_from(&BTreeMap::new(), false)
     }
 
-    /// [`Config::validate`] with where each value came from.
+    /// [`Config::validate`] with where each value came from, and together with
+    /// [`Config::validate_new_member`] when the member is new.
     pub(super) fn validate_from(
         &self,
         origins: &BTreeMap<&'static str, Origin>,
+        is_new: bool,
     ) -> Result<Warnings, ConfigErrors> {
         let mut check = Check::new(self, origins);
         check.effects();
@@ -183,11 +200,15 @@ impl Config {
         check.compaction();
         check.tls();
         check.logging();
+        if is_new {
+            check.new_member();
+        }
         check.conclude()
     }
 
     /// Checks what matters only when the data directory holds no member yet and one is to
-    /// be made: `--initial-cluster` and `--initial-cluster-state`.
+    /// be made: `--initial-cluster` and `--initial-cluster-state`. [`parse`](super::parse)
+    /// has done it for configurations it made.
     pub fn validate_new_member(&self) -> Result<(), ConfigErrors> {
         let origins = BTreeMap::new();
         let mut check = Check::new(self, &origins);
@@ -581,6 +602,9 @@ impl<'a> Check<'a> {
             );
         }
         let client_tls = config.has_client_certificate() || config.auto_tls;
+        if config.auto_tls && config.has_client_certificate() {
+            self.warn("auto-tls", "ignoring client auto TLS since certs given");
+        }
         for (name, urls) in [
             ("listen-client-urls", &config.listen_client_urls),
             ("listen-client-http-urls", &config.listen_client_http_urls),

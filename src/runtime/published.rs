@@ -58,7 +58,8 @@ impl Published {
         self.size_bytes.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_size(&self, bytes: u64) {
+    /// Told by the apply thread, and by the server when it starts.
+    pub fn set_size(&self, bytes: u64) {
         self.size_bytes.store(bytes, Ordering::Relaxed);
     }
 
