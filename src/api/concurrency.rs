@@ -35,6 +35,7 @@ use crate::pb::etcdserverpb::{
     WatchResponse,
 };
 use crate::pb::mvccpb;
+use crate::runtime::watch_hub::WatchStream;
 
 /// TTL of the lease a session gets when its client brings none, in seconds. Nobody
 /// renews that lease, so what it holds is released after this time at the latest.
@@ -144,7 +145,7 @@ impl Queue {
 
 /// A watch of one range, on a stream of its own. Dropping it ends it.
 pub(super) struct Watcher {
-    stream: crate::runtime::watch_hub::WatchStream,
+    stream: WatchStream,
 }
 
 impl Watcher {

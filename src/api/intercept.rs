@@ -457,6 +457,8 @@ impl Body for ResponseBody {
                     }
                 } else if let Some(trailers) = frame.trailers_ref() {
                     this.end(trailers.get(Status::GRPC_STATUS).map_or(Code::Unknown, code));
+                    // Nothing comes after trailers: the service may end its stream.
+                    this.body = tonic::body::Body::empty();
                 }
             }
             Some(Err(status)) => this.end(status.code()),

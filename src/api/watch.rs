@@ -15,15 +15,15 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
-use crate::runtime::watch_hub;
 use tokio::task::JoinHandle;
-use tokio_stream::Stream;
+use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::status;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::pb::etcdserverpb::{WatchRequest, WatchResponse, watch_server};
+use crate::runtime::watch_hub::{self, WatchStream};
 
 pub(super) struct Watch {
     engine: Engine,
@@ -44,32 +44,27 @@ impl watch_server::Watch for Watch {
         request: Request<Streaming<WatchRequest>>,
     ) -> Result<Response<Responses>, Status> {
         let stream = self.engine.watch().map_err(status)?;
-        Ok(Response::new(Responses::new(request.into_inner(), stream.requests, stream.responses)))
+        Ok(Response::new(Responses::new(request.into_inner(), stream)))
     }
 }
 
 /// One client's watch stream, the sending half.
 pub(super) struct Responses {
     responses: watch_hub::Responses,
-    /// Kept so that the engine does not take a half-close for the end.
-    _requests: watch_hub::Requests,
     /// Why reading requests failed; `None` once reading has ended well.
     failure: Option<oneshot::Receiver<Status>>,
     pump: JoinHandle<()>,
 }
 
 impl Responses {
-    fn new<S>(
-        inbound: S,
-        requests: watch_hub::Requests,
-        responses: watch_hub::Responses,
-    ) -> Responses
+    fn new<S>(inbound: S, stream: WatchStream) -> Responses
     where
         S: Stream<Item = Result<WatchRequest, Status>> + Send + Unpin + 'static,
     {
+        let WatchStream { requests, responses } = stream;
         let (failed, failure) = oneshot::channel();
-        let pump = tokio::spawn(pump(inbound, requests.clone(), failed));
-        Responses { responses, _requests: requests, failure: Some(failure), pump }
+        let pump = tokio::spawn(pump(inbound, requests, failed));
+        Responses { responses, failure: Some(failure), pump }
     }
 }
 
@@ -93,19 +88,17 @@ impl Stream for Responses {
         }
         // The engine ends a stream only when it stops. Unavailable makes etcd's
         // clients resume elsewhere; any other code would halt the watch.
-        self.responses.poll_recv(cx).map(|response| Some(response.ok_or(status(Error::Stopped))))
+        self.responses
+            .poll_recv(cx)
+            .map(|response| Some(response.ok_or_else(|| status(Error::Stopped))))
     }
 }
 
 /// Hands a client's requests on until it has no more.
-async fn pump<S>(
-    mut inbound: S,
-    requests: watch_hub::Requests,
-    failed: oneshot::Sender<Status>,
-) where
+async fn pump<S>(mut inbound: S, requests: watch_hub::Requests, failed: oneshot::Sender<Status>)
+where
     S: Stream<Item = Result<WatchRequest, Status>> + Unpin,
 {
-    use tokio_stream::StreamExt as _;
     while let Some(request) = inbound.next().await {
         match request {
             // A request of a kind this version does not know: etcd ignores it too.
@@ -126,67 +119,107 @@ async fn pump<S>(
 
 #[cfg(test)]
 mod tests {
-    use tokio_stream::StreamExt as _;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use tokio::sync::mpsc;
     use tokio_stream::wrappers::ReceiverStream;
 
     use super::*;
-    use crate::pb::etcdserverpb::WatchProgressRequest;
     use crate::pb::etcdserverpb::watch_request::RequestUnion;
+    use crate::pb::etcdserverpb::{ResponseHeader, WatchCancelRequest, WatchCreateRequest};
+    use crate::runtime::watch_hub::{
+        Compacted, Feed, History, HubHandle, Page, WatchConfig, WatchHub,
+    };
+
+    /// A store in which nothing ever happened.
+    struct Empty;
+
+    impl History for Empty {
+        fn revision(&self) -> i64 {
+            1
+        }
+        fn changes(&self, _: i64, _: usize, _: usize) -> Result<Page, Compacted> {
+            Ok(Page { changes: Vec::new(), through: 1 })
+        }
+    }
 
     struct Rig {
         client: Option<mpsc::Sender<Result<WatchRequest, Status>>>,
-        hub_requests: mpsc::Receiver<WatchRequest>,
-        hub_responses: Option<mpsc::Sender<WatchResponse>>,
+        hub: HubHandle,
         stream: Responses,
+        _feed: Feed,
     }
 
     fn rig() -> Rig {
+        let header = |revision| ResponseHeader { revision, ..ResponseHeader::default() };
+        let config = WatchConfig {
+            progress_interval: Duration::from_secs(3600),
+            max_request_bytes: 1 << 20,
+            seed: 1,
+        };
+        let (task, hub, feed) = WatchHub::new(Empty, Arc::new(header), config);
+        tokio::spawn(task.run());
         let (client, inbound) = mpsc::channel(4);
-        let (requests, hub_requests) = mpsc::channel(4);
-        let (hub_responses, responses) = mpsc::channel(4);
-        let stream = Responses::new(ReceiverStream::new(inbound), requests, responses);
-        Rig { client: Some(client), hub_requests, hub_responses: Some(hub_responses), stream }
+        let stream = Responses::new(ReceiverStream::new(inbound), hub.open_stream());
+        Rig { client: Some(client), hub, stream, _feed: feed }
     }
 
-    fn progress() -> WatchRequest {
-        let union = RequestUnion::ProgressRequest(WatchProgressRequest {});
+    fn request(union: RequestUnion) -> WatchRequest {
         WatchRequest { request_union: Some(union) }
+    }
+
+    fn create() -> WatchRequest {
+        let create = WatchCreateRequest { key: "k".into(), ..WatchCreateRequest::default() };
+        request(RequestUnion::CreateRequest(create))
+    }
+
+    impl Rig {
+        async fn send(&self, request: Result<WatchRequest, Status>) {
+            self.client.as_ref().unwrap().send(request).await.unwrap();
+        }
+
+        /// Waits until the hub's streams are as many as given.
+        async fn streams(&self, streams: usize) {
+            while self.hub.stats().streams.load(std::sync::atomic::Ordering::Relaxed) != streams {
+                tokio::task::yield_now().await;
+            }
+        }
     }
 
     #[tokio::test]
     async fn half_close_keeps_the_watches_and_dropping_the_stream_ends_them() {
         let mut rig = rig();
-        rig.client.as_ref().unwrap().send(Ok(progress())).await.unwrap();
-        assert_eq!(rig.hub_requests.recv().await, Some(progress()));
+        rig.send(Ok(create())).await;
         rig.client = None;
         while !rig.stream.pump.is_finished() {
             tokio::task::yield_now().await;
         }
+        assert!(rig.stream.next().await.unwrap().unwrap().created);
+        rig.streams(1).await;
 
-        let answer = WatchResponse { watch_id: 7, ..WatchResponse::default() };
-        rig.hub_responses.as_ref().unwrap().send(answer.clone()).await.unwrap();
-        assert_eq!(rig.stream.next().await.unwrap().unwrap(), answer);
-        assert!(rig.hub_requests.try_recv().is_err_and(|e| e == mpsc::error::TryRecvError::Empty));
-
-        drop(rig.stream);
-        rig.hub_responses.as_ref().unwrap().closed().await;
-        assert_eq!(rig.hub_requests.recv().await, None);
+        let Rig { stream, hub, client, _feed } = rig;
+        drop(stream);
+        let (_, inbound) = mpsc::channel(1);
+        let other = Responses::new(ReceiverStream::new(inbound), hub.open_stream());
+        Rig { client, hub, stream: other, _feed }.streams(1).await;
     }
 
     #[tokio::test]
     async fn unknown_requests_are_ignored() {
         let mut rig = rig();
-        let client = rig.client.as_ref().unwrap();
-        client.send(Ok(WatchRequest { request_union: None })).await.unwrap();
-        client.send(Ok(progress())).await.unwrap();
-        assert_eq!(rig.hub_requests.recv().await, Some(progress()));
+        rig.send(Ok(WatchRequest { request_union: None })).await;
+        rig.send(Ok(create())).await;
+        let cancel = WatchCancelRequest { watch_id: 0 };
+        rig.send(Ok(request(RequestUnion::CancelRequest(cancel)))).await;
+        assert!(rig.stream.next().await.unwrap().unwrap().created);
+        assert!(rig.stream.next().await.unwrap().unwrap().canceled);
     }
 
     #[tokio::test]
     async fn an_unreadable_request_ends_the_stream_with_the_reason() {
         let mut rig = rig();
-        let reason = Status::resource_exhausted("too large");
-        rig.client.as_ref().unwrap().send(Err(reason)).await.unwrap();
+        rig.send(Err(Status::resource_exhausted("too large"))).await;
         let end = rig.stream.next().await.unwrap().unwrap_err();
         assert_eq!((end.code(), end.message()), (tonic::Code::ResourceExhausted, "too large"));
     }
@@ -194,7 +227,7 @@ mod tests {
     #[tokio::test]
     async fn a_stopping_engine_makes_the_client_resume_elsewhere() {
         let mut rig = rig();
-        rig.hub_responses = None;
+        rig.hub.close();
         let end = rig.stream.next().await.unwrap().unwrap_err();
         assert_eq!(end.code(), tonic::Code::Unavailable);
         assert_eq!(end.message(), "etcdserver: server stopped");

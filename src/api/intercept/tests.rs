@@ -70,18 +70,17 @@ impl Watch for FakeWatch {
         let dropped = self.dropped.clone();
         tokio::spawn(async move {
             let mut inbound = request.into_inner();
-            loop {
-                match inbound.message().await {
-                    Ok(Some(_)) => responses.send(Ok(WatchResponse::default())).await.unwrap(),
-                    Ok(None) => break,
-                    Err(status) => {
-                        responses.send(Err(status)).await.unwrap();
-                        break;
-                    }
+            let answer = async {
+                while let Some(message) = inbound.message().await.transpose() {
+                    let answer = message.map(|_| WatchResponse::default());
+                    responses.send(answer).await.unwrap();
                 }
+                std::future::pending::<()>().await;
+            };
+            tokio::select! {
+                () = responses.closed() => dropped.notify_one(),
+                () = answer => {}
             }
-            responses.closed().await;
-            dropped.notify_one();
         });
         Ok(tonic::Response::new(ReceiverStream::new(stream)))
     }
@@ -354,7 +353,6 @@ async fn a_running_stream_that_needs_a_leader_ends_after_three_leaderless_checks
     assert_eq!(body.to_bytes().len(), PREFIX_BYTES, "what came before is delivered");
 
     // The service is told, by its response stream being dropped.
-    drop(feed);
     rig.dropped.notified().await;
     assert_eq!(rig.handled("Unavailable", "etcdserverpb.Watch", "Watch", "bidi_stream"), 1);
 
