@@ -282,6 +282,8 @@ metrics! {
     debugging_mvcc_watch_stream_total: IntGauge = gauge("etcd_debugging_mvcc_watch_stream_total");
     /// Watchers that exist.
     debugging_mvcc_watcher_total: IntGauge = gauge("etcd_debugging_mvcc_watcher_total");
+    /// Time of one raft snapshot: a checkpoint after which the raft log is truncated.
+    debugging_snap_save_total_duration_seconds: Histogram = histogram("etcd_debugging_snap_save_total_duration_seconds", exponential(0.001, 14));
     /// Alarms that are raised, by member and type.
     debugging_server_alarms: IntGaugeVec = gauge_vec("etcd_debugging_server_alarms", &["server_id", "alarm_type"]);
     /// Leases this member revoked because they had expired.
@@ -331,7 +333,6 @@ const ABSENT_HISTOGRAMS: &[&str] = &[
     "etcd_debugging_disk_backend_commit_rebalance_duration_seconds",
     "etcd_debugging_disk_backend_commit_spill_duration_seconds",
     "etcd_debugging_snap_save_marshalling_duration_seconds",
-    "etcd_debugging_snap_save_total_duration_seconds",
     "etcd_snap_fsync_duration_seconds",
 ];
 
