@@ -14,11 +14,11 @@
 //! The services come as an [`axum::Router`], to be served on a listener next to
 //! HTTP or, by [`in_process_channel`], without any network.
 
-pub mod gateway;
 mod auth;
 mod cluster;
 mod concurrency;
 mod election;
+pub mod gateway;
 mod health;
 pub mod http;
 mod intercept;
