@@ -18,6 +18,7 @@ mod auth;
 mod cluster;
 mod concurrency;
 mod election;
+pub mod gateway;
 mod health;
 pub mod http;
 mod intercept;
