@@ -36,7 +36,7 @@ use crate::lease;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
-use crate::runtime::apply_thread::ApplyTask;
+use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
@@ -112,7 +112,7 @@ pub(crate) struct Parts {
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) hub: HubHandle,
-    pub(crate) apply: Sender<ApplyTask>,
+    pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) fault: Fault,
     /// Set while a disk has no space left to give.
@@ -553,8 +553,8 @@ impl Engine {
         Ok(HashKvResponse { header: Some(self.header()), hash, compact_revision, hash_revision })
     }
 
-    /// Writes a checkpoint of everything, so that what was deleted and compacted is
-    /// given back to the store. Reads and writes go on meanwhile.
+    /// Writes the checkpoint anew, so that the space of what was deleted and compacted
+    /// goes back to the filesystem. Reads and writes go on meanwhile.
     ///
     /// # Errors
     /// [`Error::Stopped`].
@@ -562,7 +562,7 @@ impl Engine {
         let began = Instant::now();
         self.parts.metrics.disk_defrag_inflight.set(1);
         let (done, written) = oneshot::channel();
-        let asked = self.parts.apply.send(ApplyTask::Checkpoint(done));
+        let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
         let written = if asked.is_ok() { written.await.map_err(drop) } else { Err(()) };
         self.parts.metrics.disk_defrag_inflight.set(0);
         self.parts.metrics.disk_backend_defrag_duration_seconds.observe(began.elapsed().as_secs_f64());

@@ -313,7 +313,7 @@ impl Member {
             tokio::task::spawn_blocking(move || recover::open(&place, &bootstrap))
         };
         let recovery = opening.await.map_err(|error| Fatal::new(error.to_string()))??;
-        let Recovery { state, mut start, log, storage, reopen, identity, is_new } = recovery;
+        let Recovery { state, mut start, log, storage, generations, identity, is_new } = recovery;
 
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
@@ -391,7 +391,7 @@ impl Member {
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
             hub: hub_handle.clone(),
-            apply: apply_sender.clone(),
+            checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
             full: Arc::clone(&full),
@@ -411,7 +411,9 @@ impl Member {
             Checkpointer::new(checkpoint_sender, Arc::clone(&busy), config.snapshot_count, applied.index);
         let checkpoint_thread = CheckpointThread {
             storage: Some(storage),
-            reopen,
+            generations,
+            state: Arc::clone(&state),
+            pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
             raft: raft_sender.clone(),
             busy,

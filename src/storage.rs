@@ -20,6 +20,7 @@
 //! starts a thread of its own (sled does). All calls block.
 
 mod faulty;
+mod generations;
 mod mark;
 mod memory;
 mod record;
@@ -34,6 +35,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 
 pub use faulty::{FaultyDisk, FaultyStorage};
+pub use generations::{DiskGenerations, Generations, MemoryGenerations};
 pub use memory::MemoryStorage;
 pub use sled_storage::SledStorage;
 
@@ -182,6 +184,13 @@ pub trait Storage: Send {
 
     /// The bytes it takes on disk.
     fn size_on_disk(&self) -> Result<u64, StorageError>;
+}
+
+impl StorageError {
+    /// Whether the disk has no space left: the same may succeed once it has.
+    pub fn is_full(&self) -> bool {
+        matches!(self, StorageError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+    }
 }
 
 /// Why the checkpoint could not be opened, read or written.

@@ -40,8 +40,6 @@ const LOCK_HELD_MAX: Duration = Duration::from_millis(1);
 pub enum ApplyTask {
     /// Apply these committed entries, which follow the last ones.
     Entries(Vec<Entry>),
-    /// Make a checkpoint of what is applied now and answer when it is durable.
-    Checkpoint(oneshot::Sender<()>),
     /// Stop. What is queued behind it is dropped.
     Stop,
 }
@@ -156,7 +154,6 @@ impl ApplyThread {
     fn accept(&mut self, task: ApplyTask, progress: &mut Progress) -> Received {
         match task {
             ApplyTask::Entries(entries) => progress.entries.extend(entries),
-            ApplyTask::Checkpoint(done) => self.checkpointer.ask(done),
             ApplyTask::Stop => return Received::Stop,
         }
         Received::Went
