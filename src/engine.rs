@@ -401,8 +401,12 @@ impl Engine {
     ) -> Result<LeaseTimeToLiveResponse, Error> {
         self.parts.proposer.read_barrier().await?;
         let id = request.id;
-        let mut response =
-            LeaseTimeToLiveResponse { header: Some(self.header()), id, ttl: -1, ..Default::default() };
+        let mut response = LeaseTimeToLiveResponse {
+            header: Some(self.header()),
+            id,
+            ttl: -1,
+            ..Default::default()
+        };
         let state = self.parts.state.read();
         if let Some(lease) = state.lessor().get(id) {
             let left = self.parts.leases.remaining(id).ok_or(Error::LeaderChanged)?;
@@ -455,7 +459,11 @@ impl Engine {
     }
 
     /// Tells the cluster this member's name and where its clients reach it.
-    pub(crate) async fn publish(&self, name: String, client_urls: Vec<String>) -> Result<(), Error> {
+    pub(crate) async fn publish(
+        &self,
+        name: String,
+        client_urls: Vec<String>,
+    ) -> Result<(), Error> {
         let id = self.parts.member_id;
         let request = Request::MemberPublish(MemberPublish { id, name, client_urls });
         self.parts.proposer.propose(request).await.map(drop)
@@ -565,7 +573,10 @@ impl Engine {
         let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
         let written = if asked.is_ok() { written.await.map_err(drop) } else { Err(()) };
         self.parts.metrics.disk_defrag_inflight.set(0);
-        self.parts.metrics.disk_backend_defrag_duration_seconds.observe(began.elapsed().as_secs_f64());
+        self.parts
+            .metrics
+            .disk_backend_defrag_duration_seconds
+            .observe(began.elapsed().as_secs_f64());
         written.map_err(|()| Error::Stopped)?;
         Ok(DefragmentResponse::default())
     }
@@ -705,7 +716,9 @@ impl Engine {
 const LEASE_GRANT_COST: u64 = 64;
 
 /// Runs what takes long away from the threads that serve.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)
 }
 

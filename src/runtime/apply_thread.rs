@@ -216,7 +216,9 @@ impl ApplyThread {
             if matches!(outcome, Ok(Response::Compact(_))) {
                 progress.compact_at = Some(Instant::now());
             }
-            let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else { continue };
+            let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else {
+                continue;
+            };
             match outcome {
                 Ok(response) if physical => progress.physical.push((waiter, response)),
                 // A caller that gave up does not want to know.

@@ -119,7 +119,11 @@ impl Checkpointer {
         } else {
             self.dirty_since? + DIRTY_AGE_MAX
         };
-        Some(if self.busy.load(Ordering::Acquire) { due.max(Instant::now() + BUSY_RETRY) } else { due })
+        Some(if self.busy.load(Ordering::Acquire) {
+            due.max(Instant::now() + BUSY_RETRY)
+        } else {
+            due
+        })
     }
 
     /// Makes a cut and hands it over, when one is due and the last one is written.
@@ -220,7 +224,13 @@ impl CheckpointThread {
         })?;
         let took = began.elapsed().as_secs_f64();
         self.metrics.disk_backend_commit_duration_seconds.observe(took);
-        tracing::debug!(index, ?reason, took, records = cut.dirty.records.len(), "checkpoint is durable");
+        tracing::debug!(
+            index,
+            ?reason,
+            took,
+            records = cut.dirty.records.len(),
+            "checkpoint is durable"
+        );
         if let Some(storage) = &self.storage {
             let size = i64::try_from(storage.size_on_disk()?).unwrap_or(i64::MAX);
             self.metrics.mvcc_db_total_size_in_bytes.set(size);

@@ -143,7 +143,8 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     let mut mvcc = Vec::new();
     let mut leftovers = Vec::new();
     for (key, mut value) in all(storage, Table::Mvcc)? {
-        let bad = |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
+        let bad =
+            |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
         let revision = revision(&key).ok_or_else(|| bad("its key is no revision"))?;
         if revision.main > head.revision {
             leftovers.push(Bytes::from(key));
@@ -172,7 +173,10 @@ fn all(storage: &dyn Storage, table: Table) -> Result<Vec<(Vec<u8>, Bytes)>, Sto
     Ok(found)
 }
 
-fn decode_all<M: Message + Default>(storage: &dyn Storage, table: Table) -> Result<Vec<M>, RecoverError> {
+fn decode_all<M: Message + Default>(
+    storage: &dyn Storage,
+    table: Table,
+) -> Result<Vec<M>, RecoverError> {
     all(storage, table)?.into_iter().map(|(_, value)| decode(table, value)).collect()
 }
 

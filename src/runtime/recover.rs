@@ -14,7 +14,10 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use super::records::{self, RecoverError};
-use crate::log::{Identity, Log, LogError, LogStore, MemoryDisk, MemoryLog, Options, Recovered, SEGMENT_BYTES_DEFAULT};
+use crate::log::{
+    Identity, Log, LogError, LogStore, MemoryDisk, MemoryLog, Options, Recovered,
+    SEGMENT_BYTES_DEFAULT,
+};
 use crate::raft::{Configuration, Start};
 use crate::state::StateMachine;
 use crate::state::members::{Members, member_id};
@@ -143,13 +146,21 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
             let identity = identity(&state);
             let applied = state.applied().index;
             if applied > 0 && !Log::exists(&log_dir)? {
-                return Err(OpenError::LogMissing { log: log_dir, data: data_dir.clone(), applied });
+                return Err(OpenError::LogMissing {
+                    log: log_dir,
+                    data: data_dir.clone(),
+                    applied,
+                });
             }
             if wal_dir.is_some() {
                 make_directory(&log_dir, "wal-dir")?;
             }
-            let options =
-                Options { dir: log_dir, segment_bytes: SEGMENT_BYTES_DEFAULT, fsync: *fsync, identity };
+            let options = Options {
+                dir: log_dir,
+                segment_bytes: SEGMENT_BYTES_DEFAULT,
+                fsync: *fsync,
+                identity,
+            };
             let (log, recovered) = Log::open(options)?;
             if let Some(repaired) = &recovered.repaired {
                 tracing::warn!("repaired the raft log: {repaired}");

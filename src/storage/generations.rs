@@ -59,7 +59,8 @@ impl DiskGenerations {
             Err(error) => return Err(generations.io("read CURRENT", error)),
         };
         if let Some(text) = &named {
-            let number = text.trim_end().strip_prefix("ckpt-").and_then(|number| number.parse().ok());
+            let number =
+                text.trim_end().strip_prefix("ckpt-").and_then(|number| number.parse().ok());
             generations.number = number.ok_or_else(|| StorageError::Foreign {
                 dir: member_dir.to_owned(),
                 detail: format!("its file {CURRENT} does not name a checkpoint"),
@@ -194,7 +195,9 @@ mod tests {
         assert_eq!(value(&storage), b"second");
         let names = fs::read_dir(dir.path()).expect("the directory");
         let checkpoints = names.filter(|entry| {
-            entry.as_ref().is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("ckpt-"))
+            entry
+                .as_ref()
+                .is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("ckpt-"))
         });
         assert_eq!(checkpoints.count(), 1);
     }
