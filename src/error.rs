@@ -78,12 +78,35 @@ pub enum Error {
     /// No such member, or it was removed.
     #[error("etcdserver: member not found")]
     MemberNotFound,
+    /// A member's peer URLs are missing or malformed.
+    #[error("etcdserver: given member URLs are invalid")]
+    MemberBadUrls,
+    /// Another member has one of these peer URLs.
+    #[error("etcdserver: Peer URLs already exists")]
+    PeerUrlExists,
+    /// The member to promote votes already.
+    #[error("etcdserver: can only promote a learner member")]
+    MemberNotLearner,
+    /// The change would leave too few started members for a quorum.
+    #[error("etcdserver: re-configuration failed due to not enough started members")]
+    NotEnoughStartedMembers,
     /// The target of a leader transfer is unknown or a learner.
     #[error("etcdserver: bad leader transferee")]
     BadLeaderTransferee,
     /// The request must go to the leader.
     #[error("etcdserver: not leader")]
     NotLeader,
+
+    // Downgrade.
+    /// The target is neither `major.minor` nor a semantic version.
+    #[error("etcdserver: wrong downgrade target version format")]
+    WrongDowngradeVersionFormat,
+    /// The target is not one minor version below the cluster's.
+    #[error("etcdserver: invalid downgrade target version")]
+    InvalidDowngradeTargetVersion,
+    /// A downgrade action that does not exist.
+    #[error("etcdserver: unknown method")]
+    UnknownMethod,
 
     // Authentication.
     /// `Authenticate` while auth is off.

@@ -1,2 +1,85 @@
-//! The kvorum binary.
-fn main() {}
+//! The kvorum binary: flags → [`Config`] → [`Server`] → a signal → shutdown.
+//!
+//! Exit codes: 0 after SIGTERM or SIGINT, 1 when the configuration cannot be used or the
+//! server failed, 2 when the command line cannot be read. A second signal during the
+//! shutdown ends the process at once.
+
+mod logging;
+mod systemd;
+
+use std::io::{self, Write};
+use std::num::NonZero;
+use std::process::ExitCode;
+
+use kvorum::config::{Config, Outcome};
+use kvorum::{Server, config};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::{error, info, warn};
+
+fn main() -> ExitCode {
+    match config::parse(std::env::args_os().skip(1), std::env::vars_os()) {
+        // Standard output may be a closed pipe: nothing is lost that anybody waits for.
+        Outcome::Print(text) => drop(io::stdout().write_all(text.as_bytes())),
+        Outcome::Fail { message, exit_code } => return fail(&message, exit_code),
+        Outcome::Run { config, notices } => {
+            match logging::subscriber(config.log_level, config.log_format, &config.log_outputs) {
+                Ok(subscriber) => drop(tracing::subscriber::set_global_default(subscriber)),
+                Err(message) => return fail(&format!("{message}\n"), 1),
+            }
+            notices.iter().for_each(config::Notice::log);
+            if let Err(error) = run(*config) {
+                error!(%error, "stopped by an error");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn fail(message: &str, exit_code: u8) -> ExitCode {
+    let _ = io::stderr().write_all(message.as_bytes());
+    ExitCode::from(exit_code)
+}
+
+fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    // One worker per processor does the clients' work; raft, apply and checkpoint have
+    // threads of their own. Two at least, so that a long step of one leaves the other.
+    let workers = std::thread::available_parallelism().map_or(2, NonZero::get).max(2);
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    let mut signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let server = tokio::select! {
+        server = Server::start(config) => server?,
+        name = next(&mut signals) => {
+            info!(signal = name, "received signal before the server was ready");
+            return Ok(());
+        }
+    };
+    if let Some(socket) = std::env::var_os("NOTIFY_SOCKET") {
+        systemd::notify(&socket, "READY=1")
+            .unwrap_or_else(|error| warn!(%error, "failed to notify systemd"));
+    }
+    let failure = tokio::select! {
+        failure = server.wait_for_failure() => Some(failure),
+        name = next(&mut signals) => {
+            info!(signal = name, "received signal; shutting down");
+            None
+        }
+    };
+    tokio::select! {
+        stopped = server.shutdown() => stopped?,
+        name = next(&mut signals) => warn!(signal = name, "received a second signal; not waiting for the shutdown"),
+    }
+    failure.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+async fn next((terminate, interrupt): &mut (Signal, Signal)) -> &'static str {
+    tokio::select! {
+        _ = terminate.recv() => "terminated",
+        _ = interrupt.recv() => "interrupt",
+    }
+}

@@ -4,7 +4,7 @@
 pub struct Command {
     #[prost(message, optional, tag = "100")]
     pub header: ::core::option::Option<CommandHeader>,
-    #[prost(oneof = "command::Request", tags = "4, 5, 6, 7, 8, 9, 10, 20, 21, 22")]
+    #[prost(oneof = "command::Request", tags = "4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22")]
     pub request: ::core::option::Option<command::Request>,
 }
 /// Nested message and enum types in `Command`.
@@ -25,6 +25,8 @@ pub mod command {
         LeaseRevoke(super::super::etcdserverpb::LeaseRevokeRequest),
         #[prost(message, tag = "10")]
         Alarm(super::super::etcdserverpb::AlarmRequest),
+        #[prost(message, tag = "11")]
+        LeaseCheckpoint(super::super::etcdserverpb::LeaseCheckpointRequest),
         #[prost(message, tag = "20")]
         LeaseExpire(super::LeaseExpire),
         #[prost(message, tag = "21")]
@@ -99,16 +101,12 @@ pub struct CheckpointHead {
     pub revision: i64,
     #[prost(int64, tag = "4")]
     pub compact_revision: i64,
-    #[prost(uint64, repeated, tag = "5")]
-    pub voters: ::prost::alloc::vec::Vec<u64>,
-    #[prost(uint64, repeated, tag = "6")]
-    pub learners: ::prost::alloc::vec::Vec<u64>,
-    #[prost(fixed64, tag = "7")]
+    #[prost(fixed64, tag = "5")]
     pub cluster_id: u64,
-    #[prost(fixed64, tag = "8")]
+    #[prost(fixed64, tag = "6")]
     pub member_id: u64,
-    #[prost(string, tag = "9")]
+    #[prost(string, tag = "7")]
     pub cluster_version: ::prost::alloc::string::String,
-    #[prost(message, repeated, tag = "10")]
+    #[prost(message, repeated, tag = "8")]
     pub alarms: ::prost::alloc::vec::Vec<super::etcdserverpb::AlarmMember>,
 }

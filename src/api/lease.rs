@@ -1,0 +1,96 @@
+//! The Lease service.
+//!
+//! Two of etcd's habits live here: a lease that does not exist is an answer and
+//! not an error for `LeaseKeepAlive` (TTL 0) and `LeaseTimeToLive` (TTL -1), and
+//! a keepalive stream answers its requests one by one, in order.
+
+use std::pin::Pin;
+
+use tokio_stream::{Stream, StreamExt as _};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::status::status;
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::pb::etcdserverpb::{
+    LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
+    LeaseLeasesRequest, LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse,
+    LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, lease_server,
+};
+
+pub(super) struct Lease {
+    engine: Engine,
+}
+
+impl Lease {
+    pub(super) fn new(engine: Engine) -> Lease {
+        Lease { engine }
+    }
+}
+
+#[tonic::async_trait]
+impl lease_server::Lease for Lease {
+    async fn lease_grant(
+        &self,
+        request: Request<LeaseGrantRequest>,
+    ) -> Result<Response<LeaseGrantResponse>, Status> {
+        self.engine.lease_grant(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    async fn lease_revoke(
+        &self,
+        request: Request<LeaseRevokeRequest>,
+    ) -> Result<Response<LeaseRevokeResponse>, Status> {
+        self.engine.lease_revoke(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+
+    type LeaseKeepAliveStream =
+        Pin<Box<dyn Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send>>;
+
+    async fn lease_keep_alive(
+        &self,
+        request: Request<Streaming<LeaseKeepAliveRequest>>,
+    ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
+        let engine = self.engine.clone();
+        let answers = request.into_inner().then(move |request| {
+            let engine = engine.clone();
+            async move { keep_alive(&engine, request?.id).await.map_err(status) }
+        });
+        Ok(Response::new(Box::pin(answers)))
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        request: Request<LeaseTimeToLiveRequest>,
+    ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
+        let request = request.into_inner();
+        let id = request.id;
+        match self.engine.lease_time_to_live(request).await {
+            Ok(response) => Ok(Response::new(response)),
+            Err(Error::LeaseNotFound) => Ok(Response::new(LeaseTimeToLiveResponse {
+                header: Some(self.engine.header()),
+                id,
+                ttl: -1,
+                ..LeaseTimeToLiveResponse::default()
+            })),
+            Err(error) => Err(status(error)),
+        }
+    }
+
+    async fn lease_leases(
+        &self,
+        request: Request<LeaseLeasesRequest>,
+    ) -> Result<Response<LeaseLeasesResponse>, Status> {
+        self.engine.lease_leases(request.into_inner()).await.map(Response::new).map_err(status)
+    }
+}
+
+/// One keepalive. A lease that is gone has TTL 0: that is how a client learns it.
+async fn keep_alive(engine: &Engine, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+    match engine.lease_keep_alive(id).await {
+        Err(Error::LeaseNotFound) => {
+            Ok(LeaseKeepAliveResponse { header: Some(engine.header()), id, ttl: 0 })
+        }
+        answer => answer,
+    }
+}

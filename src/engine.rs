@@ -1,0 +1,742 @@
+//! The handle everybody calls: clients through the API, programs that embed kvorum
+//! directly.
+//!
+//! An [`Engine`] takes etcd's requests and gives etcd's responses, headers complete.
+//! It checks a request, decides whether it may take space, has it committed, or waits
+//! until it may read and reads. It is cheap to clone, and all clones are the same
+//! server.
+//!
+//! ```no_run
+//! # async fn example(engine: kvorum::Engine) -> Result<(), kvorum::Error> {
+//! use kvorum::pb::etcdserverpb::{PutRequest, RangeRequest};
+//!
+//! engine.put(PutRequest { key: "k".into(), value: "v".into(), ..Default::default() }).await?;
+//! let found = engine.range(RangeRequest { key: "k".into(), ..Default::default() }).await?;
+//! assert_eq!(found.count, 1);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! **Durability.** When a call that writes returns `Ok`, the write is on the disks of
+//! a majority, visible to every later read, and its event is on its way to watchers.
+//!
+//! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
+//! the write: it may still happen.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::Error;
+use crate::lease;
+use crate::metrics::Metrics;
+use crate::pb::etcdserverpb::*;
+use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
+use crate::runtime::checkpoint_thread::CheckpointTask;
+use crate::runtime::fault::Fault;
+use crate::runtime::leases::LeaseClock;
+use crate::runtime::pins::Pins;
+use crate::runtime::proposer::Proposer;
+use crate::runtime::published::Published;
+use crate::runtime::watch_hub::{HubHandle, WatchStream};
+use crate::state::txn::{RangeScan, Step};
+use crate::state::{Response, StateMachine, check, txn};
+
+/// Keys visited in one hold of the state's lock: well under a millisecond.
+const KEYS_PER_STEP: usize = 4096;
+/// Keys in the first message of a streamed range; etcd's value.
+const STREAM_FIRST_KEYS: usize = 10;
+/// Messages of a streamed range that wait for a slow client.
+const STREAM_MESSAGES_MAX: usize = 4;
+
+/// What limits requests, and what is told about it.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// `--max-request-bytes`: an encoded request that writes.
+    pub max_request_bytes: usize,
+    /// `--max-txn-ops`: operations in one branch of a transaction.
+    pub max_txn_ops: usize,
+    /// `--quota-backend-bytes`; `None` when there is no quota.
+    pub quota_bytes: Option<u64>,
+    /// `--heartbeat-interval`.
+    pub heartbeat: Duration,
+    /// `--election-timeout`.
+    pub election_timeout: Duration,
+    /// `--warning-unary-request-duration`: a call that takes longer is logged.
+    pub warning_unary_request_duration: Duration,
+}
+
+impl Limits {
+    /// The election timeout in heartbeats: raft counts in these.
+    pub fn election_ticks(&self) -> u32 {
+        let ticks = self.election_timeout.as_millis() / self.heartbeat.as_millis().max(1);
+        u32::try_from(ticks).unwrap_or(u32::MAX).max(1)
+    }
+}
+
+/// Which versions a server tells its clients.
+#[derive(Debug, Clone)]
+pub struct Versions {
+    /// etcd's version whose features are served, `X.Y.Z`.
+    pub server: &'static str,
+    /// The storage version told, `X.Y.0`.
+    pub storage: &'static str,
+}
+
+/// Where raft is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RaftStatus {
+    /// The leader's id; 0 when none is known.
+    pub leader: u64,
+    /// Whether this member is the leader.
+    pub is_leader: bool,
+    /// The current term.
+    pub term: u64,
+    /// The newest committed index.
+    pub committed: u64,
+    /// The newest applied index.
+    pub applied: u64,
+}
+
+/// The parts an engine is made of. Put together by the server.
+pub(crate) struct Parts {
+    pub(crate) member_id: u64,
+    pub(crate) cluster_id: u64,
+    pub(crate) state: Arc<RwLock<StateMachine>>,
+    pub(crate) proposer: Arc<Proposer>,
+    pub(crate) published: Arc<Published>,
+    pub(crate) leases: Arc<LeaseClock>,
+    pub(crate) pins: Arc<Pins>,
+    pub(crate) hub: HubHandle,
+    pub(crate) checkpoint: Sender<CheckpointTask>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) fault: Fault,
+    /// Set while a disk has no space left to give.
+    pub(crate) full: Arc<AtomicBool>,
+    pub(crate) limits: Limits,
+    pub(crate) versions: Versions,
+}
+
+/// See the module documentation.
+#[derive(Clone)]
+pub struct Engine {
+    parts: Arc<Parts>,
+}
+
+impl std::fmt::Debug for Engine {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Engine").field("header", &self.header()).finish_non_exhaustive()
+    }
+}
+
+impl Engine {
+    pub(crate) fn new(parts: Parts) -> Engine {
+        Engine { parts: Arc::new(parts) }
+    }
+
+    // ---- KV ----
+
+    /// Reads a range as of one revision. Linearizable unless `serializable`.
+    ///
+    /// A long range is read in steps, between which writes go on.
+    ///
+    /// # Errors
+    /// [`Error::Compacted`], [`Error::FutureRevision`], or a request etcd refuses.
+    pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
+        check::check_range(&request)?;
+        if !request.serializable {
+            self.parts.proposer.read_barrier().await?;
+        }
+        let began = Instant::now();
+        let read = self.read_range(request).await;
+        self.parts.metrics.server_range_duration_seconds.observe(read.is_ok(), began.elapsed());
+        self.parts.metrics.mvcc_range_total.inc();
+        let mut response = read?;
+        self.complete(&mut response.header);
+        Ok(response)
+    }
+
+    async fn read_range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
+        let (mut scan, pin) = {
+            let state = self.parts.state.read();
+            let store = state.store();
+            let mut scan = RangeScan::new(request, store.revision(), store.compact_revision())?;
+            if scan.step(store, KEYS_PER_STEP) == Step::Done {
+                return Ok(scan.finish());
+            }
+            let pin = self.parts.pins.pin(scan.at());
+            (scan, pin)
+        };
+        loop {
+            // Whoever waits for this thread goes first.
+            tokio::task::yield_now().await;
+            if pin.is_overdue() {
+                return Err(Error::Compacted);
+            }
+            if scan.step(self.parts.state.read().store(), KEYS_PER_STEP) == Step::Done {
+                return Ok(scan.finish());
+            }
+        }
+    }
+
+    /// Reads a range as of one revision, piece by piece. The last piece alone has the
+    /// header, `more` and `count`; all of them merged are what [`Engine::range`] gives.
+    ///
+    /// Dropping the receiver ends the read.
+    ///
+    /// # Errors
+    /// Like [`Engine::range`]; also for a sort order or filter, which a stream cannot
+    /// have.
+    pub async fn range_stream(
+        &self,
+        request: RangeRequest,
+    ) -> Result<mpsc::Receiver<Result<RangeStreamResponse, Error>>, Error> {
+        check::check_range_stream(&request)?;
+        if !request.serializable {
+            self.parts.proposer.read_barrier().await?;
+        }
+        let (pieces, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
+        let (scan, pin) = {
+            let state = self.parts.state.read();
+            let store = state.store();
+            let scan = RangeScan::new(request, store.revision(), store.compact_revision())?;
+            let pin = self.parts.pins.pin(scan.at());
+            (scan, pin)
+        };
+        let engine = self.clone();
+        tokio::spawn(async move {
+            let piece = |response| RangeStreamResponse { range_response: Some(response) };
+            let mut scan = scan;
+            let mut keys = STREAM_FIRST_KEYS;
+            while scan.step(engine.parts.state.read().store(), keys) == Step::More {
+                if pin.is_overdue() {
+                    // The client has gone, or has been told.
+                    let _ = pieces.send(Err(Error::Compacted)).await;
+                    return;
+                }
+                let kvs = scan.take_kvs();
+                let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
+                if bytes < engine.parts.limits.max_request_bytes / 2 {
+                    keys = (keys * 2).min(KEYS_PER_STEP);
+                } else if bytes > engine.parts.limits.max_request_bytes * 2 {
+                    keys = (keys / 2).max(1);
+                }
+                if kvs.is_empty() {
+                    continue;
+                }
+                let response = RangeResponse { kvs, ..RangeResponse::default() };
+                if pieces.send(Ok(piece(response))).await.is_err() {
+                    return;
+                }
+            }
+            let mut last = scan.finish();
+            engine.complete(&mut last.header);
+            let _ = pieces.send(Ok(piece(last))).await;
+        });
+        Ok(receiver)
+    }
+
+    /// Writes a key.
+    ///
+    /// # Errors
+    /// A request etcd refuses, [`Error::LeaseNotFound`], [`Error::NoSpace`], or no
+    /// answer from the cluster.
+    pub async fn put(&self, request: PutRequest) -> Result<PutResponse, Error> {
+        check::check_put(&request)?;
+        self.reserve(check::put_cost(&request)).await?;
+        match self.parts.proposer.propose(Request::Put(request)).await? {
+            Response::Put(mut response) => {
+                self.complete(&mut response.header);
+                Ok(response)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Deletes the keys of a range, in one revision.
+    ///
+    /// # Errors
+    /// A request etcd refuses, or no answer from the cluster.
+    pub async fn delete_range(
+        &self,
+        request: DeleteRangeRequest,
+    ) -> Result<DeleteRangeResponse, Error> {
+        check::check_delete_range(&request)?;
+        match self.parts.proposer.propose(Request::DeleteRange(request)).await? {
+            Response::DeleteRange(mut response) => {
+                self.complete(&mut response.header);
+                Ok(response)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Compares, then carries out one of two lists of operations, all in one revision.
+    ///
+    /// # Errors
+    /// A request etcd refuses, what an operation on the path taken finds wrong (then
+    /// nothing is changed), [`Error::NoSpace`], or no answer from the cluster.
+    pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse, Error> {
+        check::check_txn(&request, self.parts.limits.max_txn_ops)?;
+        let mut response = if check::is_txn_read_only(&request) {
+            if !check::is_txn_serializable(&request) {
+                self.parts.proposer.read_barrier().await?;
+            }
+            txn::read_txn(self.parts.state.read().store(), &request)?
+        } else {
+            if check::txn_has_put(&request) {
+                self.reserve(check::txn_write_cost(&request)).await?;
+            }
+            match self.parts.proposer.propose(Request::Txn(request)).await? {
+                Response::Txn(response) => response,
+                other => return Err(unexpected(&other)),
+            }
+        };
+        self.parts.metrics.mvcc_txn_total.inc();
+        self.complete(&mut response.header);
+        Ok(response)
+    }
+
+    /// Gives up the history before a revision. With `physical` it is answered once
+    /// what was given up is removed from memory.
+    ///
+    /// # Errors
+    /// [`Error::Compacted`], [`Error::FutureRevision`].
+    pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse, Error> {
+        match self.parts.proposer.propose(Request::Compaction(request)).await? {
+            Response::Compact(mut response) => {
+                self.complete(&mut response.header);
+                Ok(response)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Compacts as the leader of `term` decided by `--auto-compaction-*`.
+    pub(crate) async fn auto_compact(&self, term: u64, revision: i64) -> Result<(), Error> {
+        let request = Request::AutoCompact(AutoCompact { term, revision });
+        self.parts.proposer.propose(request).await.map(drop)
+    }
+
+    // ---- Watch ----
+
+    /// Opens a stream of watches. It ends when its responses are dropped, or with the
+    /// server.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when something stopped this server for good.
+    pub fn watch(&self) -> Result<WatchStream, Error> {
+        self.serializable_check()?;
+        Ok(self.parts.hub.open_stream())
+    }
+
+    // ---- Lease ----
+
+    /// Grants a lease. A TTL that is too short is raised; the response says to what.
+    ///
+    /// # Errors
+    /// [`Error::LeaseExists`], [`Error::LeaseTtlTooLarge`], [`Error::NoSpace`].
+    pub async fn lease_grant(
+        &self,
+        request: LeaseGrantRequest,
+    ) -> Result<LeaseGrantResponse, Error> {
+        check::check_lease_grant(&request)?;
+        let limits = &self.parts.limits;
+        let min = lease::min_ttl_secs(limits.heartbeat, limits.election_ticks());
+        let ttl = lease::granted_ttl_secs(request.ttl, min)?;
+        self.reserve(LEASE_GRANT_COST).await?;
+        let id = if request.id == 0 { random_lease_id()? } else { request.id };
+        let request = LeaseGrantRequest { ttl, id };
+        match self.parts.proposer.propose(Request::LeaseGrant(request)).await? {
+            Response::LeaseGrant(mut response) => {
+                self.complete(&mut response.header);
+                Ok(response)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Ends a lease and deletes its keys, in one revision.
+    ///
+    /// # Errors
+    /// [`Error::LeaseNotFound`].
+    pub async fn lease_revoke(
+        &self,
+        request: LeaseRevokeRequest,
+    ) -> Result<LeaseRevokeResponse, Error> {
+        match self.parts.proposer.propose(Request::LeaseRevoke(request)).await? {
+            Response::LeaseRevoke(mut response) => {
+                self.complete(&mut response.header);
+                Ok(response)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Begins a lease's time anew. A TTL of 0 in the response: there is no such lease.
+    ///
+    /// # Errors
+    /// [`Error::NoLeader`].
+    pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+        let header = self.header();
+        let ttl = self.parts.leases.keep_alive(id, &self.parts.proposer).await?;
+        if ttl > 0 {
+            self.parts.metrics.debugging_lease_renewed_total.inc();
+        }
+        Ok(LeaseKeepAliveResponse { header: Some(header), id, ttl })
+    }
+
+    /// What is left of a lease, in seconds, and its keys if wanted. A TTL of -1: there
+    /// is no such lease.
+    ///
+    /// # Errors
+    /// [`Error::LeaderChanged`] when this member stopped leading.
+    pub async fn lease_time_to_live(
+        &self,
+        request: LeaseTimeToLiveRequest,
+    ) -> Result<LeaseTimeToLiveResponse, Error> {
+        self.parts.proposer.read_barrier().await?;
+        let id = request.id;
+        let mut response = LeaseTimeToLiveResponse {
+            header: Some(self.header()),
+            id,
+            ttl: -1,
+            ..Default::default()
+        };
+        let state = self.parts.state.read();
+        if let Some(lease) = state.lessor().get(id) {
+            let left = self.parts.leases.remaining(id).ok_or(Error::LeaderChanged)?;
+            response.ttl = i64::try_from(left.as_secs()).unwrap_or(i64::MAX);
+            response.granted_ttl = lease.ttl_secs();
+            if request.keys {
+                response.keys = lease.keys().cloned().collect();
+            }
+        }
+        Ok(response)
+    }
+
+    /// All leases, those first that end first.
+    ///
+    /// # Errors
+    /// None at present.
+    pub async fn lease_leases(
+        &self,
+        _request: LeaseLeasesRequest,
+    ) -> Result<LeaseLeasesResponse, Error> {
+        let state = self.parts.state.read();
+        let mut leases: Vec<(Option<Duration>, i64)> = state
+            .lessor()
+            .iter()
+            .map(|lease| (self.parts.leases.remaining(lease.id()), lease.id()))
+            .collect();
+        drop(state);
+        leases.sort_unstable();
+        let leases = leases.into_iter().map(|(_, id)| LeaseStatus { id }).collect();
+        Ok(LeaseLeasesResponse { header: Some(self.header()), leases })
+    }
+
+    // ---- Cluster ----
+
+    /// The cluster's members, by id.
+    ///
+    /// # Errors
+    /// No answer from the cluster, when `linearizable`.
+    pub async fn member_list(
+        &self,
+        request: MemberListRequest,
+    ) -> Result<MemberListResponse, Error> {
+        if request.linearizable {
+            self.parts.proposer.read_barrier().await?;
+        }
+        let members = self.parts.state.read().members().list();
+        // etcd's cluster service leaves the revision out.
+        let header = ResponseHeader { revision: 0, ..self.header() };
+        Ok(MemberListResponse { header: Some(header), members })
+    }
+
+    /// Tells the cluster this member's name and where its clients reach it.
+    pub(crate) async fn publish(
+        &self,
+        name: String,
+        client_urls: Vec<String>,
+    ) -> Result<(), Error> {
+        let id = self.parts.member_id;
+        let request = Request::MemberPublish(MemberPublish { id, name, client_urls });
+        self.parts.proposer.propose(request).await.map(drop)
+    }
+
+    // ---- Maintenance ----
+
+    /// Lists, raises or disarms alarms.
+    ///
+    /// # Errors
+    /// No answer from the cluster.
+    pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse, Error> {
+        match self.parts.proposer.propose(Request::Alarm(request)).await? {
+            Response::Alarm(mut response) => {
+                self.complete(&mut response.header);
+                Ok(response)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Active alarms, as this member knows them.
+    pub fn alarms(&self) -> Vec<AlarmMember> {
+        self.parts.state.read().alarms(AlarmType::None)
+    }
+
+    /// How this member is. Never waits for the cluster.
+    ///
+    /// # Errors
+    /// None at present.
+    pub async fn status(&self) -> Result<StatusResponse, Error> {
+        let role = *self.parts.published.role.borrow();
+        let (alarms, applied, in_use) = {
+            let state = self.parts.state.read();
+            let in_use = state.store().size_bytes();
+            (state.alarms(AlarmType::None), state.applied(), in_use)
+        };
+        let mut errors: Vec<String> = Vec::new();
+        if role.leader == 0 {
+            errors.push(Error::NoLeader.to_string());
+        }
+        errors.extend(alarms.iter().map(alarm_text));
+        let in_use = i64::try_from(in_use).unwrap_or(i64::MAX);
+        let on_disk = self.parts.metrics.mvcc_db_total_size_in_bytes.get();
+        let quota = self.parts.limits.quota_bytes.unwrap_or(0);
+        Ok(StatusResponse {
+            header: Some(self.header()),
+            version: self.parts.versions.server.to_owned(),
+            // etcdctl divides by it.
+            db_size: on_disk.max(in_use).max(1),
+            leader: role.leader,
+            raft_index: self.parts.published.committed(),
+            raft_term: role.term,
+            raft_applied_index: applied.index,
+            errors,
+            db_size_in_use: in_use,
+            is_learner: false,
+            storage_version: self.parts.versions.storage.to_owned(),
+            db_size_quota: i64::try_from(quota).unwrap_or(i64::MAX),
+            downgrade_info: Some(DowngradeInfo::default()),
+        })
+    }
+
+    /// A checksum of everything this member holds that members must agree on.
+    ///
+    /// # Errors
+    /// None at present.
+    pub async fn hash(&self) -> Result<HashResponse, Error> {
+        let engine = self.clone();
+        let hash = blocking(move || engine.parts.state.read().hash()).await?;
+        Ok(HashResponse { header: Some(self.header()), hash })
+    }
+
+    /// etcd's checksum of the keys as of a revision (0: the current one).
+    ///
+    /// # Errors
+    /// [`Error::Compacted`], [`Error::FutureRevision`].
+    pub async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
+        let engine = self.clone();
+        let began = Instant::now();
+        let hashed = blocking(move || {
+            let state = engine.parts.state.read();
+            let store = state.store();
+            let at = if request.revision == 0 { store.revision() } else { request.revision };
+            if at < store.compact_revision() {
+                return Err(Error::Compacted);
+            }
+            if at > store.revision() {
+                return Err(Error::FutureRevision);
+            }
+            Ok((store.hash_kv(at), store.compact_revision(), at))
+        });
+        let (hash, compact_revision, hash_revision) = hashed.await??;
+        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
+        Ok(HashKvResponse { header: Some(self.header()), hash, compact_revision, hash_revision })
+    }
+
+    /// Writes the checkpoint anew, so that the space of what was deleted and compacted
+    /// goes back to the filesystem. Reads and writes go on meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub async fn defragment(&self) -> Result<DefragmentResponse, Error> {
+        let began = Instant::now();
+        self.parts.metrics.disk_defrag_inflight.set(1);
+        let (done, written) = oneshot::channel();
+        let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
+        let written = if asked.is_ok() { written.await.map_err(drop) } else { Err(()) };
+        self.parts.metrics.disk_defrag_inflight.set(0);
+        self.parts
+            .metrics
+            .disk_backend_defrag_duration_seconds
+            .observe(began.elapsed().as_secs_f64());
+        written.map_err(|()| Error::Stopped)?;
+        Ok(DefragmentResponse::default())
+    }
+
+    // ---- Auth ----
+
+    /// Auth is off.
+    pub fn auth_status(&self) -> AuthStatusResponse {
+        AuthStatusResponse { header: Some(self.header()), enabled: false, auth_revision: 1 }
+    }
+
+    // ---- The server itself ----
+
+    /// The header of a response that goes out now.
+    pub fn header(&self) -> ResponseHeader {
+        let revision = self.parts.state.read().store().revision();
+        ResponseHeader {
+            cluster_id: self.parts.cluster_id,
+            member_id: self.parts.member_id,
+            revision,
+            raft_term: self.parts.published.applied_term(),
+        }
+    }
+
+    /// Whether this member knows a leader.
+    pub fn has_leader(&self) -> bool {
+        self.parts.published.role.borrow().leader != 0
+    }
+
+    /// Whether this member only listens.
+    pub fn is_learner(&self) -> bool {
+        let state = self.parts.state.read();
+        state.members().get(self.parts.member_id).is_some_and(|member| member.is_learner)
+    }
+
+    /// This member's id.
+    pub fn member_id(&self) -> u64 {
+        self.parts.member_id
+    }
+
+    /// Where raft is, as this member knows it.
+    pub fn raft_status(&self) -> RaftStatus {
+        let role = *self.parts.published.role.borrow();
+        RaftStatus {
+            leader: role.leader,
+            is_leader: role.is_leader,
+            term: role.term,
+            committed: self.parts.published.committed(),
+            applied: *self.parts.published.applied.borrow(),
+        }
+    }
+
+    /// How long a request waits for the cluster before it is answered as timed out.
+    pub fn request_timeout(&self) -> Duration {
+        self.parts.proposer.request_timeout()
+    }
+
+    /// This member's term, if it leads.
+    pub(crate) fn leads_in_term(&self) -> Option<u64> {
+        let role = *self.parts.published.role.borrow();
+        role.is_leader.then_some(role.term)
+    }
+
+    /// The newest revision.
+    pub fn revision(&self) -> i64 {
+        self.parts.state.read().store().revision()
+    }
+
+    /// The version all members have, `X.Y.Z`.
+    pub fn cluster_version(&self) -> String {
+        self.parts.state.read().cluster_version().to_owned()
+    }
+
+    /// Which versions this server tells.
+    pub fn versions(&self) -> &Versions {
+        &self.parts.versions
+    }
+
+    /// What limits requests.
+    pub fn limits(&self) -> &Limits {
+        &self.parts.limits
+    }
+
+    /// The metrics of this server.
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.parts.metrics
+    }
+
+    /// Waits until everything acknowledged before is visible here.
+    ///
+    /// # Errors
+    /// No answer from the cluster.
+    pub async fn linearizable_barrier(&self) -> Result<(), Error> {
+        self.parts.proposer.read_barrier().await
+    }
+
+    /// Whether this member can serve what it holds.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] once something stopped it for good.
+    pub fn serializable_check(&self) -> Result<(), Error> {
+        self.parts.fault.get().map_or(Ok(()), |_| Err(Error::Stopped))
+    }
+
+    /// Judges whether a request of this cost fits into the quota. When not, raises the
+    /// NOSPACE alarm, as etcd does, and refuses.
+    async fn reserve(&self, cost: u64) -> Result<(), Error> {
+        if self.parts.full.load(Ordering::Acquire) {
+            return Err(Error::NoSpace);
+        }
+        let Some(quota) = self.parts.limits.quota_bytes else { return Ok(()) };
+        if self.parts.published.size_bytes().saturating_add(cost) <= quota {
+            return Ok(());
+        }
+        if !self.parts.state.read().has_alarm(AlarmType::Nospace) {
+            let request = AlarmRequest {
+                action: alarm_request::AlarmAction::Activate as i32,
+                member_id: self.parts.member_id,
+                alarm: AlarmType::Nospace as i32,
+            };
+            tracing::warn!(quota, "database space exceeded: raising the NOSPACE alarm");
+            self.alarm(request).await?;
+        }
+        Err(Error::NoSpace)
+    }
+
+    /// Fills in what the state machine does not know. The revision stays as it is.
+    fn complete(&self, header: &mut Option<ResponseHeader>) {
+        let header = header.get_or_insert_default();
+        header.cluster_id = self.parts.cluster_id;
+        header.member_id = self.parts.member_id;
+        header.raft_term = self.parts.published.applied_term();
+    }
+}
+
+/// What a lease counts against the quota; etcd's value.
+const LEASE_GRANT_COST: u64 = 64;
+
+/// Runs what takes long away from the threads that serve.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)
+}
+
+/// A lease id as etcd picks them: random, positive, 63 bits.
+fn random_lease_id() -> Result<i64, Error> {
+    let random = getrandom::u64().map_err(|_| Error::Stopped)?;
+    Ok(i64::try_from(random >> 1).unwrap_or(i64::MAX).max(1))
+}
+
+/// As etcd prints an alarm in `Status.errors`.
+fn alarm_text(alarm: &AlarmMember) -> String {
+    let name = AlarmType::try_from(alarm.alarm).map_or("NONE", |alarm| alarm.as_str_name());
+    format!("memberID:{} alarm:{name} ", alarm.member_id)
+}
+
+/// A command answered with another command's response would be a mistake of this
+/// program; nobody is told that their write succeeded.
+fn unexpected(response: &Response) -> Error {
+    tracing::error!(?response, "a command got the response of another");
+    Error::Stopped
+}

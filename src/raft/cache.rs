@@ -1,0 +1,160 @@
+//! The part of the log that raft may still ask for, in memory.
+//!
+//! Raft reads its log through a trait and never writes it. [`LogCache`] holds every
+//! entry after the truncation point, so those reads cost no disk access and cannot
+//! fail. Its size is bounded by truncation: `--snapshot-catchup-entries` behind what
+//! is applied, plus what is admitted and not yet applied.
+
+use std::collections::VecDeque;
+
+use raft::eraftpb::{self, ConfState, EntryType, Snapshot};
+use raft::{GetEntriesContext, RaftState, Storage, StorageError, util};
+
+use super::Configuration;
+use crate::log::{Entry, HardState, Mark};
+
+/// Entries `start.index + 1 ..= last_index()`, and the newest hard state.
+pub struct LogCache {
+    start: Mark,
+    entries: VecDeque<eraftpb::Entry>,
+    hard_state: HardState,
+    configuration: ConfState,
+}
+
+impl LogCache {
+    pub(super) fn new(
+        start: Mark,
+        entries: Vec<Entry>,
+        hard_state: HardState,
+        configuration: &Configuration,
+    ) -> LogCache {
+        let entries = entries.iter().map(to_raft).collect();
+        let configuration =
+            ConfState::from((configuration.voters.clone(), configuration.learners.clone()));
+        LogCache { start, entries, hard_state, configuration }
+    }
+
+    pub(super) fn last_index(&self) -> u64 {
+        self.entries.back().map_or(self.start.index, |entry| entry.index)
+    }
+
+    /// Appends entries; where they overlap what is there, they replace it and all
+    /// that follows.
+    pub(super) fn append(&mut self, entries: &[Entry]) {
+        let Some(first) = entries.first() else { return };
+        let kept = first.index.saturating_sub(self.start.index + 1);
+        self.entries.truncate(usize::try_from(kept).unwrap_or(usize::MAX));
+        self.entries.extend(entries.iter().map(to_raft));
+    }
+
+    pub(super) fn set_hard_state(&mut self, hard_state: HardState) {
+        self.hard_state = hard_state;
+    }
+
+    pub(super) fn hard_state(&self) -> HardState {
+        self.hard_state
+    }
+
+    pub(super) fn set_configuration(&mut self, configuration: ConfState) {
+        self.configuration = configuration;
+    }
+
+    /// Forgets entries up to `to`; does nothing when they are gone already.
+    pub(super) fn truncate(&mut self, to: Mark) {
+        while self.entries.front().is_some_and(|entry| entry.index <= to.index) {
+            self.entries.pop_front();
+        }
+        if to.index > self.start.index {
+            self.start = to;
+        }
+    }
+
+    fn position(&self, index: u64) -> Option<usize> {
+        usize::try_from(index.checked_sub(self.start.index + 1)?).ok()
+    }
+}
+
+impl Storage for LogCache {
+    fn initial_state(&self) -> raft::Result<RaftState> {
+        let hard_state = eraftpb::HardState {
+            term: self.hard_state.term,
+            vote: self.hard_state.vote,
+            commit: self.hard_state.commit,
+            ..Default::default()
+        };
+        Ok(RaftState { hard_state, conf_state: self.configuration.clone() })
+    }
+
+    fn entries(
+        &self,
+        low: u64,
+        high: u64,
+        max_size: impl Into<Option<u64>>,
+        _context: GetEntriesContext,
+    ) -> raft::Result<Vec<eraftpb::Entry>> {
+        let compacted = || raft::Error::Store(StorageError::Compacted);
+        let from = self.position(low).ok_or_else(compacted)?;
+        let to = self.position(high).ok_or_else(compacted)?;
+        if to > self.entries.len() {
+            return Err(raft::Error::Store(StorageError::Unavailable));
+        }
+        let mut entries: Vec<_> = self.entries.range(from..to).cloned().collect();
+        util::limit_size(&mut entries, max_size.into());
+        Ok(entries)
+    }
+
+    fn term(&self, index: u64) -> raft::Result<u64> {
+        if index == self.start.index {
+            return Ok(self.start.term);
+        }
+        let position = self.position(index).ok_or(raft::Error::Store(StorageError::Compacted))?;
+        match self.entries.get(position) {
+            Some(entry) => Ok(entry.term),
+            None => Err(raft::Error::Store(StorageError::Unavailable)),
+        }
+    }
+
+    fn first_index(&self) -> raft::Result<u64> {
+        Ok(self.start.index + 1)
+    }
+
+    fn last_index(&self) -> raft::Result<u64> {
+        Ok(LogCache::last_index(self))
+    }
+
+    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    }
+}
+
+fn to_raft(entry: &Entry) -> eraftpb::Entry {
+    eraftpb::Entry {
+        entry_type: entry_type(entry.kind),
+        term: entry.term,
+        index: entry.index,
+        data: entry.data.clone(),
+        context: entry.context.clone(),
+        ..Default::default()
+    }
+}
+
+pub(super) fn from_raft(entry: eraftpb::Entry) -> Entry {
+    Entry {
+        index: entry.index,
+        term: entry.term,
+        kind: entry.entry_type as u8,
+        data: entry.data,
+        context: entry.context,
+    }
+}
+
+/// Only this module writes kinds, so an unknown one cannot come from the log.
+fn entry_type(kind: u8) -> EntryType {
+    if kind == EntryType::EntryConfChange as u8 {
+        EntryType::EntryConfChange
+    } else if kind == EntryType::EntryConfChangeV2 as u8 {
+        EntryType::EntryConfChangeV2
+    } else {
+        EntryType::EntryNormal
+    }
+}

@@ -1,0 +1,293 @@
+//! The thread that applies committed entries: the state's only writer.
+//!
+//! For each turn it takes what waits, decodes it, and applies it under the write
+//! lock for about a millisecond at most. Then, in this order, because clients rely
+//! on it: the state is visible, watchers are told, proposers are answered.
+//!
+//! Between turns it does what else changes the state's memory: physical compaction
+//! in small steps, and cuts for the checkpoint.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+use prost::Message as _;
+use tokio::sync::oneshot;
+
+use super::checkpoint_thread::Checkpointer;
+use super::fault::Fault;
+use super::leases::LeaseClock;
+use super::pins::Pins;
+use super::published::Published;
+use super::raft_thread::RaftInput;
+use super::waiters::{Answer, Waiters};
+use super::watch_hub::Feed;
+use crate::log::{Entry, Mark};
+use crate::metrics::Metrics;
+use crate::pb::kvorumpb::{Command, command::Request};
+use crate::raft;
+use crate::state::{Effects, Response, StateMachine};
+
+/// Entries applied under one hold of the write lock.
+const ENTRIES_PER_LOCK: usize = 256;
+/// A hold of the write lock ends after this, however many entries wait.
+const LOCK_HELD_MAX: Duration = Duration::from_millis(1);
+
+/// What the apply thread is told.
+#[derive(Debug)]
+pub enum ApplyTask {
+    /// Apply these committed entries, which follow the last ones.
+    Entries(Vec<Entry>),
+    /// Stop. What is queued behind it is dropped.
+    Stop,
+}
+
+/// Limits of physical compaction: `--compaction-batch-limit`, `--compaction-sleep-interval`.
+#[derive(Debug, Clone, Copy)]
+pub struct CompactionPace {
+    /// Keys looked at in one step.
+    pub keys_per_step: usize,
+    /// Pause between steps.
+    pub pause: Duration,
+}
+
+/// Everything the apply thread works with.
+pub struct ApplyThread {
+    /// The state. Readers share the lock; only this thread writes.
+    pub state: Arc<RwLock<StateMachine>>,
+    /// What the thread is told.
+    pub tasks: Receiver<ApplyTask>,
+    /// Whom to tell what is applied.
+    pub raft: Sender<RaftInput>,
+    /// What the thread tells everybody.
+    pub published: Arc<Published>,
+    /// Who is told outcomes.
+    pub waiters: Arc<Waiters>,
+    /// The watchers' feed.
+    pub feed: Feed,
+    /// Deadlines of leases.
+    pub leases: Arc<LeaseClock>,
+    /// Revisions that readers need.
+    pub pins: Arc<Pins>,
+    /// Where cuts go.
+    pub checkpointer: Checkpointer,
+    /// How fast to compact.
+    pub pace: CompactionPace,
+    /// An apply that takes longer is logged: `--warning-apply-duration`.
+    pub slow_apply: Duration,
+    /// Where a fatal error goes.
+    pub fault: Fault,
+    /// Counters of applied entries and keys.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Work in progress of this thread.
+#[derive(Default)]
+struct Progress {
+    entries: VecDeque<Entry>,
+    /// When the next step of physical compaction is due; `None` when all is done.
+    compact_at: Option<Instant>,
+    /// Compactions that are answered once everything is removed.
+    physical: Vec<(oneshot::Sender<Answer>, Response)>,
+}
+
+/// A command, ready to be applied.
+struct Decoded {
+    entry: Mark,
+    command: Option<Command>,
+}
+
+impl ApplyThread {
+    /// Runs until told to stop, or until an entry cannot be understood.
+    pub fn run(mut self) {
+        // What was recovered may hold versions that a compaction had yet to remove.
+        let mut progress =
+            Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() };
+        loop {
+            if self.receive(&mut progress) == Received::Stop {
+                return;
+            }
+            while !progress.entries.is_empty() {
+                if let Err(error) = self.apply_some(&mut progress) {
+                    return self.fault.raise("apply", error);
+                }
+                if self.receive_now(&mut progress) == Received::Stop {
+                    return;
+                }
+            }
+            self.compact(&mut progress);
+            self.checkpointer.cut_if_due(&self.state);
+        }
+    }
+
+    /// Waits for a task, or for the time of something else to do.
+    fn receive(&mut self, progress: &mut Progress) -> Received {
+        let now = Instant::now();
+        let due = [progress.compact_at, self.checkpointer.due_at()].into_iter().flatten().min();
+        let received = match due {
+            Some(due) => self.tasks.recv_timeout(due.saturating_duration_since(now)),
+            None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match received {
+            Ok(task) => self.accept(task, progress),
+            Err(RecvTimeoutError::Timeout) => Received::Went,
+            Err(RecvTimeoutError::Disconnected) => Received::Stop,
+        }
+    }
+
+    fn receive_now(&mut self, progress: &mut Progress) -> Received {
+        while progress.entries.len() < ENTRIES_PER_LOCK {
+            match self.tasks.try_recv() {
+                Ok(task) => match self.accept(task, progress) {
+                    Received::Stop => return Received::Stop,
+                    Received::Went => {}
+                },
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return Received::Stop,
+            }
+        }
+        Received::Went
+    }
+
+    fn accept(&mut self, task: ApplyTask, progress: &mut Progress) -> Received {
+        match task {
+            ApplyTask::Entries(entries) => progress.entries.extend(entries),
+            ApplyTask::Stop => return Received::Stop,
+        }
+        Received::Went
+    }
+
+    /// Applies what fits under one hold of the lock, and tells everybody.
+    fn apply_some(&mut self, progress: &mut Progress) -> Result<(), CorruptEntry> {
+        let batch: Vec<Entry> =
+            progress.entries.drain(..progress.entries.len().min(ENTRIES_PER_LOCK)).collect();
+        let mut decoded = VecDeque::with_capacity(batch.len());
+        for entry in batch {
+            decoded.push_back(decode(entry)?);
+        }
+        while !decoded.is_empty() {
+            self.apply_under_lock(&mut decoded, progress);
+        }
+        Ok(())
+    }
+
+    fn apply_under_lock(&mut self, decoded: &mut VecDeque<Decoded>, progress: &mut Progress) {
+        let mut effects = Effects::default();
+        let mut answers = Vec::with_capacity(decoded.len());
+        let mut last = Mark::default();
+        let began = Instant::now();
+
+        let mut state = self.state.write();
+        let revision_before = state.store().revision();
+        while let Some(Decoded { entry, command }) = decoded.pop_front() {
+            last = entry;
+            match command {
+                Some(command) => {
+                    let header = command.header;
+                    let physical = is_physical_compaction(&command);
+                    let outcome = state.apply(entry, command, &mut effects);
+                    answers.push((header, physical, outcome));
+                }
+                None => state.apply_empty(entry),
+            }
+            if began.elapsed() >= LOCK_HELD_MAX {
+                break;
+            }
+        }
+        let revision = state.store().revision();
+        self.checkpointer.note(&state);
+        self.leases.take_note(&effects.leases, state.lessor());
+        self.published.set_size(state.store().size_bytes());
+        drop(state);
+
+        self.published.set_applied(last.index, last.term);
+        self.count(&effects, revision, last);
+        if !effects.changes.is_empty() {
+            self.feed.publish(revision_before, revision, Arc::from(effects.changes));
+        }
+        let took = began.elapsed();
+        if took >= self.slow_apply {
+            self.metrics.server_slow_apply_total.inc();
+            tracing::warn!(took = ?took, expected = ?self.slow_apply, entries = answers.len(), "apply request took too long");
+        }
+        for (header, physical, outcome) in answers {
+            if matches!(outcome, Ok(Response::Compact(_))) {
+                progress.compact_at = Some(Instant::now());
+            }
+            let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else {
+                continue;
+            };
+            match outcome {
+                Ok(response) if physical => progress.physical.push((waiter, response)),
+                // A caller that gave up does not want to know.
+                outcome => drop(waiter.send(Ok(outcome))),
+            }
+        }
+        // The raft thread outlives this one, or is gone and does not care.
+        let _ = self.raft.send(RaftInput::Applied(last.index));
+        self.checkpointer.cut_if_due(&self.state);
+    }
+
+    fn count(&self, effects: &Effects, revision: i64, last: Mark) {
+        let puts = effects.changes.iter().filter(|change| !change.deleted).count();
+        self.metrics.mvcc_put_total.inc_by(puts as u64);
+        self.metrics.mvcc_delete_total.inc_by((effects.changes.len() - puts) as u64);
+        self.metrics.debugging_mvcc_current_revision.set(revision);
+        self.metrics.server_proposals_applied_total.set(last.index as i64);
+    }
+
+    /// One step of physical compaction, when it is due.
+    fn compact(&mut self, progress: &mut Progress) {
+        if progress.compact_at.is_none_or(|due| due > Instant::now()) {
+            return;
+        }
+        let began = Instant::now();
+        let mut state = self.state.write();
+        let floor = self.pins.lowest().unwrap_or(i64::MAX);
+        let done = state.compact_step(floor, self.pace.keys_per_step);
+        self.metrics.debugging_mvcc_compact_revision.set(state.store().compact_revision());
+        drop(state);
+        let pause_ms = began.elapsed().as_secs_f64() * 1e3;
+        self.metrics.debugging_mvcc_db_compaction_pause_duration_milliseconds.observe(pause_ms);
+        progress.compact_at = (!done).then(|| Instant::now() + self.pace.pause);
+        if done {
+            for (waiter, response) in progress.physical.drain(..) {
+                drop(waiter.send(Ok(Ok(response))));
+            }
+        }
+    }
+}
+
+#[derive(PartialEq)]
+enum Received {
+    Went,
+    Stop,
+}
+
+/// A committed entry that is not a command. The log's checksum held, so another
+/// program or a newer version wrote it.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "entry {index} of the raft log is not a command this version understands ({error}); \
+     start the version that wrote it, or restore from a snapshot"
+)]
+struct CorruptEntry {
+    index: u64,
+    error: prost::DecodeError,
+}
+
+fn decode(entry: Entry) -> Result<Decoded, CorruptEntry> {
+    let mark = Mark { index: entry.index, term: entry.term };
+    if !raft::is_command(&entry) {
+        return Ok(Decoded { entry: mark, command: None });
+    }
+    let command =
+        Command::decode(entry.data).map_err(|error| CorruptEntry { index: entry.index, error })?;
+    Ok(Decoded { entry: mark, command: Some(command) })
+}
+
+fn is_physical_compaction(command: &Command) -> bool {
+    matches!(&command.request, Some(Request::Compaction(request)) if request.physical)
+}

@@ -1,0 +1,285 @@
+//! Checkpoints: what is in memory, written to the store in the background.
+//!
+//! What clients were told is in the log; a checkpoint only saves replaying it. So
+//! nobody waits for one, and it is made in large steps:
+//!
+//! ```text
+//! apply thread   ── cut (everything changed up to index A, taken in one move) ──▶ checkpoint thread
+//!                                       records, in batches                          │ write
+//!                                       last batch: leases, members, head with A     │ write (atomic)
+//!                                       the store's file                             │ fsync  → A is durable
+//!                                       records that compaction removed              │ delete
+//! raft thread    ◀── truncate the log to min(A − catch-up entries, the snapshot before) ┘
+//! ```
+//!
+//! Invariants:
+//! * The head is written after everything it speaks of, in one batch with all that
+//!   is not a record. A crash before it leaves records above the head's revision,
+//!   which recovery deletes.
+//! * Records are deleted only after a durable head says that the compaction which
+//!   removed them has happened.
+//! * The log is truncated only to what a durable checkpoint has passed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender};
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+use tokio::sync::oneshot;
+
+use super::fault::Fault;
+use super::pins::Pins;
+use super::raft_thread::RaftInput;
+use super::records;
+use crate::metrics::Metrics;
+use crate::state::{Cut, StateMachine};
+use crate::storage::{Generations, Storage, StorageError};
+
+/// Changes are at most this old when a checkpoint of them begins.
+const DIRTY_AGE_MAX: Duration = Duration::from_secs(1);
+/// Changes of this size are not kept waiting for their age.
+const DIRTY_BYTES_SOON: usize = 16 * 1024 * 1024;
+/// While a cut is due and the one before is still being written, the apply thread
+/// looks again after this.
+const BUSY_RETRY: Duration = Duration::from_millis(10);
+/// A store that is full is tried again after this.
+const FULL_RETRY: Duration = Duration::from_secs(1);
+/// Keys gathered in one hold of the state's lock when everything is written anew.
+const KEYS_PER_STEP: usize = 4096;
+
+/// Why a cut is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CutReason {
+    /// There are changes of a certain age or size.
+    Dirty,
+    /// `--snapshot-count` entries were applied since the last one: the log is
+    /// truncated after it.
+    Snapshot,
+}
+
+/// What the checkpoint thread is told.
+#[derive(Debug)]
+pub enum CheckpointTask {
+    /// Write this and make it durable.
+    Write(Box<Cut>, CutReason),
+    /// Write everything anew, give back the space of the old checkpoint, and answer.
+    Rewrite(oneshot::Sender<()>),
+    /// Stop. What is queued before it is written.
+    Stop,
+}
+
+/// The apply thread's side: decides when to cut.
+pub struct Checkpointer {
+    tasks: Sender<CheckpointTask>,
+    busy: Arc<AtomicBool>,
+    snapshot_count: u64,
+    /// Applied index of the last cut that was a snapshot.
+    snapshot_index: u64,
+    applied_index: u64,
+    dirty_bytes: usize,
+    dirty_since: Option<Instant>,
+}
+
+impl Checkpointer {
+    /// `snapshot_index` is the applied index that was recovered; `busy` is shared
+    /// with the checkpoint thread.
+    pub fn new(
+        tasks: Sender<CheckpointTask>,
+        busy: Arc<AtomicBool>,
+        snapshot_count: u64,
+        snapshot_index: u64,
+    ) -> Checkpointer {
+        Checkpointer {
+            tasks,
+            busy,
+            snapshot_count,
+            snapshot_index,
+            applied_index: snapshot_index,
+            dirty_bytes: 0,
+            dirty_since: None,
+        }
+    }
+
+    /// Takes note of what was applied.
+    pub fn note(&mut self, state: &StateMachine) {
+        let dirty = state.dirty();
+        self.applied_index = state.applied().index;
+        self.dirty_bytes = dirty.records_bytes;
+        if !dirty.is_empty() && self.dirty_since.is_none() {
+            self.dirty_since = Some(Instant::now());
+        }
+    }
+
+    /// When [`Checkpointer::cut_if_due`] is to be called again, if nothing else
+    /// happens.
+    pub fn due_at(&self) -> Option<Instant> {
+        let due = if self.reason_now().is_some() {
+            Instant::now()
+        } else {
+            self.dirty_since? + DIRTY_AGE_MAX
+        };
+        Some(if self.busy.load(Ordering::Acquire) {
+            due.max(Instant::now() + BUSY_RETRY)
+        } else {
+            due
+        })
+    }
+
+    /// Makes a cut and hands it over, when one is due and the last one is written.
+    pub fn cut_if_due(&mut self, state: &RwLock<StateMachine>) {
+        let old = self.dirty_since.is_some_and(|since| since.elapsed() >= DIRTY_AGE_MAX);
+        let Some(reason) = self.reason_now().or(old.then_some(CutReason::Dirty)) else { return };
+        if self.busy.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let cut = Box::new(state.write().cut());
+        if reason == CutReason::Snapshot {
+            tracing::info!(
+                snapshot_index = self.snapshot_index,
+                applied_index = cut.head.applied_index,
+                snapshot_count = self.snapshot_count,
+                "triggering snapshot"
+            );
+            self.snapshot_index = cut.head.applied_index;
+        }
+        self.dirty_bytes = 0;
+        self.dirty_since = None;
+        // The checkpoint thread ends only when told to, or with a fault raised.
+        let _ = self.tasks.send(CheckpointTask::Write(cut, reason));
+    }
+
+    fn reason_now(&self) -> Option<CutReason> {
+        if self.applied_index.saturating_sub(self.snapshot_index) > self.snapshot_count {
+            Some(CutReason::Snapshot)
+        } else {
+            (self.dirty_bytes >= DIRTY_BYTES_SOON).then_some(CutReason::Dirty)
+        }
+    }
+}
+
+/// Everything the checkpoint thread works with.
+pub struct CheckpointThread {
+    /// The store; `None` while there is none to write to, because its disk was full.
+    pub storage: Option<Box<dyn Storage>>,
+    /// Makes the next one.
+    pub generations: Box<dyn Generations>,
+    /// The state, for writing it anew as a whole. Only read here.
+    pub state: Arc<RwLock<StateMachine>>,
+    /// Holds what is being written.
+    pub pins: Arc<Pins>,
+    /// What the thread is told.
+    pub tasks: Receiver<CheckpointTask>,
+    /// Whom to tell what the log no longer needs to hold.
+    pub raft: Sender<RaftInput>,
+    /// Set while a cut is under way; cleared by this thread.
+    pub busy: Arc<AtomicBool>,
+    /// Set while the store has no space; writes are refused meanwhile.
+    pub full: Arc<AtomicBool>,
+    /// `--snapshot-catchup-entries`.
+    pub catch_up_entries: u64,
+    /// The log is kept back to the snapshot before the last one.
+    pub previous_snapshot: u64,
+    /// Set when the server stops: then a full store is not waited for.
+    pub stopping: Arc<AtomicBool>,
+    /// Where a fatal error goes.
+    pub fault: Fault,
+    /// Times and sizes.
+    pub metrics: Arc<Metrics>,
+}
+
+impl CheckpointThread {
+    /// Runs until told to stop or the store fails.
+    pub fn run(mut self) {
+        if let Err(error) = self.run_until_stopped() {
+            self.fault.raise("checkpoint", error);
+        }
+    }
+
+    fn run_until_stopped(&mut self) -> Result<(), StorageError> {
+        while let Ok(task) = self.tasks.recv() {
+            match task {
+                CheckpointTask::Write(cut, reason) => {
+                    self.write(&cut, reason)?;
+                    self.busy.store(false, Ordering::Release);
+                }
+                CheckpointTask::Rewrite(done) => {
+                    self.retry_while_full(Self::rewrite)?;
+                    // Whoever asked may have gone.
+                    let _ = done.send(());
+                }
+                CheckpointTask::Stop => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, cut: &Cut, reason: CutReason) -> Result<(), StorageError> {
+        let began = Instant::now();
+        let index = cut.head.applied_index;
+        self.retry_while_full(|thread| match thread.storage.as_deref_mut() {
+            Some(storage) => records::write(storage, cut),
+            // A store that failed is not trusted again; everything is in memory.
+            None => thread.rewrite(),
+        })?;
+        let took = began.elapsed().as_secs_f64();
+        self.metrics.disk_backend_commit_duration_seconds.observe(took);
+        tracing::debug!(
+            index,
+            ?reason,
+            took,
+            records = cut.dirty.records.len(),
+            "checkpoint is durable"
+        );
+        if let Some(storage) = &self.storage {
+            let size = i64::try_from(storage.size_on_disk()?).unwrap_or(i64::MAX);
+            self.metrics.mvcc_db_total_size_in_bytes.set(size);
+        }
+        if reason == CutReason::Snapshot {
+            self.metrics.debugging_snap_save_total_duration_seconds.observe(took);
+            tracing::info!(snapshot_index = index, "saved snapshot");
+            let keep = index.saturating_sub(self.catch_up_entries);
+            let to = keep.min(self.previous_snapshot);
+            self.previous_snapshot = index;
+            if to > 0 {
+                // The raft thread may have stopped already.
+                let _ = self.raft.send(RaftInput::Truncate(to));
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing is lost while the disk is full: the log holds what the checkpoint lacks,
+    /// and no write that takes space is admitted.
+    fn retry_while_full(
+        &mut self,
+        mut attempt: impl FnMut(&mut Self) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        while let Err(error) = attempt(self) {
+            if !error.is_full() {
+                return Err(error);
+            }
+            self.storage = None;
+            if !self.full.swap(true, Ordering::AcqRel) {
+                tracing::error!(%error, "the checkpoint's disk is full: writes that take space are refused until it has space again");
+            }
+            if self.stopping.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            std::thread::sleep(FULL_RETRY);
+        }
+        Ok(())
+    }
+
+    /// Writes everything there is into the next checkpoint, which then counts.
+    fn rewrite(&mut self) -> Result<(), StorageError> {
+        let mut next = self.generations.begin()?;
+        let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
+        records::write(next.as_mut(), &image)?;
+        self.storage = None;
+        self.generations.switch()?;
+        self.storage = Some(next);
+        tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
+        Ok(())
+    }
+}

@@ -1,0 +1,96 @@
+//! The thread that writes the raft log.
+//!
+//! It takes everything that waits, writes it at once and syncs it once: the more
+//! waits, the less each write pays for the disk (group commit). Only then are the
+//! writes reported as persisted. A failed write or sync is never retried: what the
+//! disk then holds is unknown, so the member stops.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+
+use super::fault::Fault;
+use super::raft_thread::RaftInput;
+use crate::log::{LogError, LogStore, Mark};
+use crate::metrics::Metrics;
+use crate::raft::Append;
+
+/// At most this many appends are synced together. They are in memory anyway; the
+/// limit keeps the first of them from waiting for a very long write.
+const APPENDS_PER_SYNC: usize = 1024;
+
+/// What the log thread is told.
+#[derive(Debug)]
+pub enum LogTask {
+    /// Make this durable, then report it.
+    Append(Append),
+    /// Everything up to here is in a durable checkpoint.
+    Truncate(Mark),
+    /// Stop, with everything before it durable.
+    Stop,
+}
+
+/// Everything the log thread works with.
+pub struct LogThread {
+    /// The log, owned by this thread.
+    pub log: Box<dyn LogStore>,
+    /// What the thread is told.
+    pub tasks: Receiver<LogTask>,
+    /// Whom to tell what is persisted.
+    pub raft: Sender<RaftInput>,
+    /// Where a fatal error goes.
+    pub fault: Fault,
+    /// Sync times and bytes.
+    pub metrics: Arc<Metrics>,
+}
+
+impl LogThread {
+    /// Runs until told to stop or the disk fails.
+    pub fn run(mut self) {
+        if let Err(error) = self.run_until_stopped() {
+            self.fault.raise("raft log", error);
+        }
+    }
+
+    fn run_until_stopped(&mut self) -> Result<(), LogError> {
+        while let Ok(first) = self.tasks.recv() {
+            let mut stop = false;
+            let mut truncate = None;
+            let mut persisted = None;
+            let waiting = std::iter::once(first).chain(self.tasks.try_iter());
+            for task in waiting.take(APPENDS_PER_SYNC) {
+                match task {
+                    LogTask::Append(append) => {
+                        self.log.append(&append.entries, append.hard_state)?;
+                        persisted = Some(append.number);
+                    }
+                    LogTask::Truncate(to) => truncate = Some(to),
+                    LogTask::Stop => {
+                        stop = true;
+                        break;
+                    }
+                }
+            }
+            if let Some(number) = persisted {
+                let stats = self.log.sync()?;
+                self.metrics
+                    .disk_wal_fsync_duration_seconds
+                    .observe(stats.fsync_duration.as_secs_f64());
+                self.metrics
+                    .disk_wal_write_duration_seconds
+                    .observe(stats.write_duration.as_secs_f64());
+                let written = i64::try_from(stats.bytes).unwrap_or(i64::MAX);
+                self.metrics.disk_wal_write_bytes_total.add(written);
+                // The raft thread stops before this one does; then nobody waits.
+                let _ = self.raft.send(RaftInput::Persisted(number));
+            }
+            if let Some(to) = truncate {
+                self.log.truncate_prefix(to)?;
+                tracing::info!(index = to.index, term = to.term, "compacted Raft logs");
+            }
+            if stop {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}

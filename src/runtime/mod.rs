@@ -1,0 +1,37 @@
+//! The imperative shell: threads, clocks and queues around the pure rooms.
+//!
+//! ```text
+//!                 ┌────────────────────── engine ──────────────────────┐
+//!        propose, │ read_barrier            read (shared lock)         │ watch
+//!                 ▼                              ▼                     ▼
+//!   raft thread ──▶ log thread             StateMachine ◀─┐        watch hub
+//!        │              │ fsync                           │ writes     ▲
+//!        │◀─────────────┘                                 │            │ feed
+//!        └──committed──────────────────────────────▶ apply thread ─────┘
+//!                                                         │ cut
+//!                                                  checkpoint thread ──▶ store
+//! ```
+//!
+//! Every mutable thing has one owner: the node is the raft thread's, the log the log
+//! thread's, the state the apply thread's (others read it under a shared lock), the
+//! store the checkpoint thread's, the watchers the hub's.
+//!
+//! Threads are told to stop front to back: raft, then log and apply, then checkpoint.
+//! What one of them cannot survive it reports to [`fault`], and the server stops.
+
+pub mod apply_thread;
+pub mod auto_compact;
+pub mod checkpoint_thread;
+pub mod fault;
+pub mod history;
+pub mod leases;
+pub mod log_thread;
+pub mod pins;
+pub mod proposer;
+pub mod published;
+pub mod raft_thread;
+pub mod records;
+pub mod recover;
+pub mod space;
+pub mod waiters;
+pub mod watch_hub;

@@ -1,0 +1,94 @@
+//! Revisions that somebody is reading.
+//!
+//! A long read goes on in steps and lets go of the state in between. It pins its
+//! revision, so that physical compaction spares what it has yet to read; the logical
+//! compaction, which is what clients see, does not wait for anyone.
+//!
+//! A pin keeps superseded versions in memory, so it must end: [`PIN_MAX`] bounds it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+/// A read that takes longer than this is answered as compacted, rather than keep
+/// what is compacted in memory for ever.
+pub const PIN_MAX: Duration = Duration::from_secs(60);
+
+/// All pinned revisions.
+#[derive(Debug, Default)]
+pub struct Pins {
+    readers: Mutex<BTreeMap<i64, usize>>,
+}
+
+/// One reader's hold on a revision; ends when dropped.
+#[derive(Debug)]
+pub struct Pin {
+    pins: Arc<Pins>,
+    revision: i64,
+    since: Instant,
+}
+
+impl Pins {
+    /// Pins `revision`. To be called under the state's read lock, where it is known
+    /// that nothing of it has been removed.
+    pub fn pin(self: &Arc<Pins>, revision: i64) -> Pin {
+        *self.readers.lock().entry(revision).or_default() += 1;
+        Pin { pins: Arc::clone(self), revision, since: Instant::now() }
+    }
+
+    /// The oldest pinned revision.
+    pub fn lowest(&self) -> Option<i64> {
+        self.readers.lock().keys().next().copied()
+    }
+
+    /// How many readers there are.
+    pub fn len(&self) -> usize {
+        self.readers.lock().values().sum()
+    }
+}
+
+impl Pin {
+    /// The pinned revision.
+    pub fn revision(&self) -> i64 {
+        self.revision
+    }
+
+    /// Whether the read has had its time.
+    pub fn is_overdue(&self) -> bool {
+        self.since.elapsed() > PIN_MAX
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut readers = self.pins.readers.lock();
+        if let Some(count) = readers.get_mut(&self.revision) {
+            *count -= 1;
+            if *count == 0 {
+                readers.remove(&self.revision);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_lowest_pin_counts_until_its_last_reader_is_gone() {
+        let pins = Arc::new(Pins::default());
+        assert_eq!(pins.lowest(), None);
+        let (first, second) = (pins.pin(7), pins.pin(7));
+        let later = pins.pin(9);
+        drop(first);
+        assert_eq!(pins.lowest(), Some(7));
+        drop(second);
+        assert_eq!(pins.lowest(), Some(9));
+        assert_eq!((pins.len(), later.revision()), (1, 9));
+        drop(later);
+        assert_eq!(pins.lowest(), None);
+    }
+}

@@ -1,0 +1,149 @@
+//! Asking raft: to append a command, or for an index to read at.
+//!
+//! [`Proposer`] is the runtime's front. The engine uses it for clients, the leader's
+//! duties for themselves.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use prost::Message as _;
+use tokio::sync::oneshot;
+
+use super::published::Published;
+use super::raft_thread::RaftInput;
+use super::waiters::Waiters;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::pb::kvorumpb::{Command, command::Request};
+use crate::state::Response;
+
+/// How long a request waits for the cluster, apart from two election timeouts that
+/// are added to it; etcd's value.
+const REQUEST_TIMEOUT_BASE: Duration = Duration::from_secs(5);
+
+/// See the module documentation.
+pub struct Proposer {
+    mailbox: Sender<RaftInput>,
+    waiters: Arc<Waiters>,
+    published: Arc<Published>,
+    metrics: Arc<Metrics>,
+    max_request_bytes: usize,
+    election_timeout: Duration,
+}
+
+impl Proposer {
+    /// Asks through this mailbox. `max_request_bytes` bounds an encoded command.
+    pub fn new(
+        mailbox: Sender<RaftInput>,
+        waiters: Arc<Waiters>,
+        published: Arc<Published>,
+        metrics: Arc<Metrics>,
+        max_request_bytes: usize,
+        election_timeout: Duration,
+    ) -> Proposer {
+        Proposer { mailbox, waiters, published, metrics, max_request_bytes, election_timeout }
+    }
+
+    /// etcd's ReqTimeout: 5 s and two election timeouts.
+    pub fn request_timeout(&self) -> Duration {
+        REQUEST_TIMEOUT_BASE + 2 * self.election_timeout
+    }
+
+    /// Has a command committed and applied. The outcome is durable and visible here.
+    ///
+    /// Dropping the future does not take the command back: it may still be applied.
+    ///
+    /// # Errors
+    /// The command's own error, or that it was not taken, or that nobody knows:
+    /// [`Error::is_ambiguous`].
+    pub async fn propose(&self, request: Request) -> Result<Response, Error> {
+        let deadline = Instant::now() + self.request_timeout();
+        let header = self.waiters.next_header();
+        let sequence = header.sequence;
+        let command = Command { header: Some(header), request: Some(request) };
+        let data = command.encode_to_vec();
+        if data.len() > self.max_request_bytes {
+            return Err(Error::RequestTooLarge);
+        }
+        self.wait_for_leader(deadline).await?;
+        let answer = self.waiters.register(&header, data.len())?;
+        let pending = Pending::begin(&self.metrics);
+        let before = *self.published.role.borrow();
+        if self.mailbox.send(RaftInput::Propose { data, sequence }).is_err() {
+            self.waiters.refuse(sequence, Error::Stopped);
+            return Err(Error::Stopped);
+        }
+        let answered = tokio::time::timeout_at(deadline.into(), answer).await;
+        drop(pending);
+        match answered {
+            Ok(Ok(outcome)) => outcome?,
+            Ok(Err(_)) => Err(Error::Stopped),
+            Err(_) => {
+                self.metrics.server_proposals_failed_total.inc();
+                let now = *self.published.role.borrow();
+                let lost = now.leader != before.leader || now.term != before.term;
+                Err(if lost { Error::TimeoutLeaderFail } else { Error::Timeout })
+            }
+        }
+    }
+
+    /// Waits until everything is visible here that was acknowledged anywhere before
+    /// the call: what makes a read linearizable.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`], [`Error::Stopped`].
+    pub async fn read_barrier(&self) -> Result<(), Error> {
+        // Nobody else can have acknowledged a write, and what this member
+        // acknowledged it had applied.
+        if self.published.is_lone_leader() {
+            return Ok(());
+        }
+        let deadline = Instant::now() + self.request_timeout();
+        let (reply, confirmed) = oneshot::channel();
+        self.mailbox.send(RaftInput::ReadIndex(reply)).map_err(|_| Error::Stopped)?;
+        let index = match tokio::time::timeout_at(deadline.into(), confirmed).await {
+            Ok(index) => index.map_err(|_| Error::Stopped)?,
+            Err(_) => {
+                self.metrics.server_read_indexes_failed_total.inc();
+                return Err(Error::Timeout);
+            }
+        };
+        let mut applied = self.published.applied.subscribe();
+        let reached = applied.wait_for(|applied| *applied >= index);
+        match tokio::time::timeout_at(deadline.into(), reached).await {
+            Ok(reached) => reached.map(drop).map_err(|_| Error::Stopped),
+            Err(_) => Err(Error::Timeout),
+        }
+    }
+
+    /// A member that has just started, or lost its leader, holds proposals back until
+    /// there is one, as etcd does.
+    async fn wait_for_leader(&self, deadline: Instant) -> Result<(), Error> {
+        if self.published.role.borrow().leader != 0 {
+            return Ok(());
+        }
+        let mut role = self.published.role.subscribe();
+        let found = role.wait_for(|role| role.leader != 0);
+        match tokio::time::timeout_at(deadline.into(), found).await {
+            Ok(found) => found.map(drop).map_err(|_| Error::Stopped),
+            Err(_) => Err(Error::Timeout),
+        }
+    }
+}
+
+/// Counts a proposal as pending until dropped.
+struct Pending<'a>(&'a Metrics);
+
+impl Pending<'_> {
+    fn begin(metrics: &Metrics) -> Pending<'_> {
+        metrics.server_proposals_pending.inc();
+        Pending(metrics)
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.0.server_proposals_pending.dec();
+    }
+}

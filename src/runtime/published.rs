@@ -1,0 +1,78 @@
+//! What the raft and apply threads tell everybody else.
+//!
+//! Plain numbers that anyone may read at any time, and two of them as watches for
+//! those who wait: the role (is there a leader?) and the applied index.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use tokio::sync::watch;
+
+use crate::raft::Role;
+
+/// See the module documentation. Written by the raft thread (`role`, `committed`)
+/// and by the apply thread (`applied`, `applied_term`).
+#[derive(Debug)]
+pub struct Published {
+    /// Who leads, as far as this member knows.
+    pub role: watch::Sender<Role>,
+    /// The newest index whose entry is applied and visible.
+    pub applied: watch::Sender<u64>,
+    applied_term: AtomicU64,
+    committed: AtomicU64,
+    lone_leader: AtomicBool,
+    size_bytes: AtomicU64,
+}
+
+impl Published {
+    /// Before anything ran: `applied` and its term are what was recovered.
+    pub fn new(applied: u64, applied_term: u64) -> Published {
+        Published {
+            role: watch::Sender::new(Role::default()),
+            applied: watch::Sender::new(applied),
+            applied_term: AtomicU64::new(applied_term),
+            committed: AtomicU64::new(applied),
+            lone_leader: AtomicBool::new(false),
+            size_bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// The term of the newest applied entry; what etcd calls `raft_term` in headers.
+    pub fn applied_term(&self) -> u64 {
+        self.applied_term.load(Ordering::Relaxed)
+    }
+
+    /// The newest committed index.
+    pub fn committed(&self) -> u64 {
+        self.committed.load(Ordering::Relaxed)
+    }
+
+    /// Whether this member is the leader and the only voter, and has committed an
+    /// entry in its term. Then nobody else can have acknowledged a write, and what
+    /// is applied here is the newest there is.
+    pub fn is_lone_leader(&self) -> bool {
+        self.lone_leader.load(Ordering::Acquire)
+    }
+
+    /// Bytes of all records that are held; what the quota is compared with.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Told by the apply thread, and by the server when it starts.
+    pub fn set_size(&self, bytes: u64) {
+        self.size_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_lone_leader(&self, lone_leader: bool) {
+        self.lone_leader.store(lone_leader, Ordering::Release);
+    }
+
+    pub(super) fn set_committed(&self, index: u64) {
+        self.committed.store(index, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_applied(&self, index: u64, term: u64) {
+        self.applied_term.store(term, Ordering::Relaxed);
+        self.applied.send_replace(index);
+    }
+}

@@ -1,0 +1,185 @@
+//! How records are laid out in the checkpoint store, and how they are read back.
+//!
+//! | table  | key                                  | value                                    |
+//! |--------|--------------------------------------|------------------------------------------|
+//! | Head   | `head`                               | `kvorumpb.CheckpointHead`                |
+//! | Mvcc   | main, 8 bytes; sub, 8 bytes          | 1 byte (1 for a tombstone), `KeyValue`   |
+//! | Lease  | id, 8 bytes                          | `leasepb.Lease`                          |
+//! | Member | id, 8 bytes                          | `kvorumpb.MemberRecord`                  |
+//!
+//! Numbers are big-endian, so records are in revision order.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+use prost::Message;
+
+use super::pins::Pins;
+
+use crate::mvcc::{Revision, Store};
+use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
+use crate::pb::leasepb::Lease;
+use crate::state::{Cut, Restored, StateMachine};
+use crate::storage::{Batch, Storage, StorageError, Table};
+
+/// The key of the one record in the table Head.
+pub const HEAD: &[u8] = b"head";
+
+/// Why a checkpoint could not be read back.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// The store failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A record is not what its table holds, though its checksum is right.
+    #[error("the checkpoint's table {table:?} holds a record that is none: {reason}")]
+    Record {
+        /// Where.
+        table: Table,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// The key of an MVCC record.
+pub fn key(revision: Revision) -> Bytes {
+    let mut key = Vec::with_capacity(16);
+    key.extend_from_slice(&revision.main.to_be_bytes());
+    key.extend_from_slice(&revision.sub.to_be_bytes());
+    Bytes::from(key)
+}
+
+fn revision(key: &[u8]) -> Option<Revision> {
+    let (main, sub) = key.split_at_checked(8)?;
+    let main = i64::from_be_bytes(main.try_into().ok()?);
+    let sub = i64::from_be_bytes(sub.try_into().ok()?);
+    Some(Revision { main, sub })
+}
+
+/// The value of an MVCC record.
+pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
+    let mut value = Vec::with_capacity(1 + kv.len());
+    value.push(u8::from(tombstone));
+    value.extend_from_slice(kv);
+    value
+}
+
+/// Writes a cut and makes it durable, then deletes what compaction removed. Doing it
+/// again, after a failure, does no harm.
+///
+/// # Errors
+/// The store fails; the checkpoint is then the one before, or this one.
+pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
+    let mut batch = Batch::new();
+    for (revision, tombstone, kv) in &cut.dirty.records {
+        batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));
+        if batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    for (id, lease) in &cut.dirty.leases {
+        let id = Bytes::copy_from_slice(&id.to_be_bytes());
+        match lease {
+            Some(lease) => batch.put(Table::Lease, id, lease.encode_to_vec()),
+            None => batch.delete(Table::Lease, id),
+        }
+    }
+    for member in &cut.members {
+        let id = Bytes::copy_from_slice(&member.id.to_be_bytes());
+        batch.put(Table::Member, id, member.encode_to_vec());
+    }
+    batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
+    storage.write(batch)?;
+    storage.sync()?;
+    delete(storage, cut.dirty.removed.iter().map(|revision| key(*revision)))
+}
+
+fn delete(
+    storage: &mut dyn Storage,
+    keys: impl Iterator<Item = Bytes>,
+) -> Result<(), StorageError> {
+    let mut batch = Batch::new();
+    for key in keys {
+        batch.delete(Table::Mvcc, key);
+        if batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { storage.write(batch) }
+}
+
+/// Everything the state holds, as a cut: what a new checkpoint begins with. Goes through
+/// the state in steps of `keys_per_step` keys, between which it may move on.
+///
+/// What has changed since the last cut is in here, and in the next cut once more, which
+/// does no harm either.
+pub fn image(state: &RwLock<StateMachine>, pins: &Arc<Pins>, keys_per_step: usize) -> Cut {
+    let (mut cut, mut records, _pin) = {
+        let state = state.read();
+        let records = state.store().records_cut();
+        let pin = pins.pin(records.floor());
+        (state.image_without_records(), records, pin)
+    };
+    while !records.step(state.read().store(), keys_per_step) {}
+    cut.dirty.records = records.into_records();
+    cut
+}
+
+/// Reads the checkpoint back.
+///
+/// Records above the head's revision are leftovers of a checkpoint that was cut
+/// short. They are deleted: the log is about to make them again.
+///
+/// # Errors
+/// The store fails, or holds something that is not a checkpoint.
+pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
+    let head = storage.get(Table::Head, HEAD)?.ok_or_else(|| RecoverError::Record {
+        table: Table::Head,
+        reason: "it is empty".to_owned(),
+    })?;
+    let head: CheckpointHead = decode(Table::Head, head)?;
+    let mut mvcc = Vec::new();
+    let mut leftovers = Vec::new();
+    for (key, mut value) in all(storage, Table::Mvcc)? {
+        let bad =
+            |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
+        let revision = revision(&key).ok_or_else(|| bad("its key is no revision"))?;
+        if revision.main > head.revision {
+            leftovers.push(Bytes::from(key));
+            continue;
+        }
+        if value.is_empty() {
+            return Err(bad("it is empty"));
+        }
+        let tombstone = value.split_to(1).first() == Some(&1);
+        mvcc.push((revision, tombstone, value));
+    }
+    delete(storage, leftovers.into_iter())?;
+    let store = Store::restore(mvcc, head.revision, head.compact_revision)
+        .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
+    let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;
+    let leases: Vec<Lease> = decode_all(storage, Table::Lease)?;
+    Ok(Restored { head, members, leases, store })
+}
+
+fn all(storage: &dyn Storage, table: Table) -> Result<Vec<(Vec<u8>, Bytes)>, StorageError> {
+    let mut found = Vec::new();
+    storage.scan(table, b"", b"", &mut |key, value| {
+        found.push((key.to_vec(), value));
+        ControlFlow::Continue(())
+    })?;
+    Ok(found)
+}
+
+fn decode_all<M: Message + Default>(
+    storage: &dyn Storage,
+    table: Table,
+) -> Result<Vec<M>, RecoverError> {
+    all(storage, table)?.into_iter().map(|(_, value)| decode(table, value)).collect()
+}
+
+fn decode<M: Message + Default>(table: Table, value: Bytes) -> Result<M, RecoverError> {
+    M::decode(value).map_err(|error| RecoverError::Record { table, reason: error.to_string() })
+}

@@ -1,0 +1,446 @@
+//! The state machine: all that a member holds, and the one way to change it.
+//!
+//! [`StateMachine::apply`] takes a committed command and gives its outcome. It is a
+//! function of the state and the entry alone, so all members that applied the same
+//! log are equal, and applying an entry again after a crash leads to the same state.
+//! An entry either changes everything it means to, or nothing: what can fail is
+//! checked before the first change.
+//!
+//! What an entry changed is also noted for the checkpoint ([`Dirty`]). The apply
+//! thread takes those notes away in one move ([`StateMachine::cut`]); they are then
+//! a consistent picture of everything that changed up to one index.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use prost::Message as _;
+
+use super::members::Members;
+use super::txn::{self, Ranges};
+use crate::error::Error;
+use crate::lease::{Lease, Lessor};
+use crate::log::Mark;
+use crate::mvcc::{Change, KeyRange, RangeEnd, Revision, Store};
+use crate::pb::etcdserverpb::{
+    AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
+    DeleteRangeResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeResponse, PutResponse,
+    ResponseHeader, TxnResponse, alarm_request::AlarmAction,
+};
+use crate::pb::kvorumpb::{CheckpointHead, Command, MemberRecord, command::Request};
+use crate::pb::leasepb;
+
+/// What a command led to, for whoever proposed it.
+pub type Outcome = Result<Response, Error>;
+
+/// The answer to a command. Headers carry the revision; the engine adds the rest.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Response {
+    /// To a put.
+    Put(PutResponse),
+    /// To a delete.
+    DeleteRange(DeleteRangeResponse),
+    /// To a transaction.
+    Txn(TxnResponse),
+    /// To a compaction: it is in force, and superseded versions are yet to be removed.
+    Compact(CompactionResponse),
+    /// To a lease grant.
+    LeaseGrant(LeaseGrantResponse),
+    /// To a lease revoke.
+    LeaseRevoke(LeaseRevokeResponse),
+    /// To an alarm request.
+    Alarm(AlarmResponse),
+    /// To a command that no client sent.
+    Done,
+}
+
+/// A lease came or went: the leader keeps its deadline accordingly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LeaseChange {
+    /// The lease of this id was granted.
+    Granted(i64),
+    /// The lease of this id was revoked.
+    Revoked(i64),
+}
+
+/// What applying led to besides outcomes. Collected over many entries.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Changes of keys in revision order, for watchers.
+    pub changes: Vec<Change>,
+    /// Leases that came or went.
+    pub leases: Vec<LeaseChange>,
+}
+
+/// What changed since the last cut, for the checkpoint.
+#[derive(Debug, Default)]
+pub struct Dirty {
+    /// New records: revision, whether it is a tombstone, and the stored bytes.
+    pub records: Vec<(Revision, bool, Bytes)>,
+    /// Bytes of `records`.
+    pub records_bytes: usize,
+    /// Records that compaction removed. To be deleted only after the checkpoint
+    /// holds the compaction itself.
+    pub removed: Vec<Revision>,
+    /// Leases that changed: the new content, or `None` when revoked.
+    pub leases: BTreeMap<i64, Option<leasepb::Lease>>,
+    /// Something in the head or the members changed.
+    pub rest: bool,
+}
+
+impl Dirty {
+    /// Whether nothing changed.
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty() && self.removed.is_empty() && self.leases.is_empty() && !self.rest
+    }
+}
+
+/// Everything that changed up to one index, with what is written whole.
+#[derive(Debug)]
+pub struct Cut {
+    /// How far it goes, and the small state.
+    pub head: CheckpointHead,
+    /// All members.
+    pub members: Vec<MemberRecord>,
+    /// The changes since the cut before.
+    pub dirty: Dirty,
+}
+
+/// The parts a checkpoint holds, read back.
+pub struct Restored {
+    /// As written.
+    pub head: CheckpointHead,
+    /// As written.
+    pub members: Vec<MemberRecord>,
+    /// As written.
+    pub leases: Vec<leasepb::Lease>,
+    /// The keys and their history.
+    pub store: Store,
+}
+
+/// See the module documentation.
+pub struct StateMachine {
+    store: Store,
+    lessor: Lessor,
+    members: Members,
+    member_id: u64,
+    cluster_version: String,
+    alarms: BTreeSet<(u64, i32)>,
+    applied: Mark,
+    dirty: Dirty,
+}
+
+impl StateMachine {
+    /// The state of a new cluster with these members, before anything is applied.
+    /// `member_id` is the member that holds this state.
+    pub fn bootstrap(member_id: u64, members: Members, cluster_version: String) -> StateMachine {
+        StateMachine {
+            store: Store::new(),
+            lessor: Lessor::default(),
+            members,
+            member_id,
+            cluster_version,
+            alarms: BTreeSet::new(),
+            applied: Mark::default(),
+            dirty: Dirty { rest: true, ..Dirty::default() },
+        }
+    }
+
+    /// The state that a checkpoint holds.
+    pub fn restore(restored: Restored) -> StateMachine {
+        let Restored { head, members, leases, store } = restored;
+        let mut lessor = Lessor::restore(leases);
+        let everything = KeyRange { start: Bytes::new(), end: RangeEnd::Open };
+        store.scan(&everything, store.revision(), usize::MAX, &mut |key, version| {
+            txn::attach_lease(&mut lessor, &Bytes::copy_from_slice(key), &version.kv);
+        });
+        StateMachine {
+            store,
+            lessor,
+            members: Members::restore(head.cluster_id, members),
+            member_id: head.member_id,
+            cluster_version: head.cluster_version,
+            alarms: head.alarms.iter().map(|alarm| (alarm.member_id, alarm.alarm)).collect(),
+            applied: Mark { index: head.applied_index, term: head.applied_term },
+            dirty: Dirty::default(),
+        }
+    }
+
+    /// The keys.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// The leases.
+    pub fn lessor(&self) -> &Lessor {
+        &self.lessor
+    }
+
+    /// The members.
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// The member that holds this state.
+    pub fn member_id(&self) -> u64 {
+        self.member_id
+    }
+
+    /// A checksum of all that members must agree on, with every version there is; what
+    /// etcd's `Hash` is for.
+    pub fn hash(&self) -> u32 {
+        let kv = self.store.hash_kv(self.store.revision());
+        let mut hash = crc32c::crc32c_append(kv, self.cluster_version.as_bytes());
+        for lease in self.lessor.iter() {
+            hash = crc32c::crc32c_append(hash, &lease.to_record().encode_to_vec());
+        }
+        for member in self.members.records() {
+            hash = crc32c::crc32c_append(hash, &member.encode_to_vec());
+        }
+        for alarm in self.alarms(AlarmType::None) {
+            hash = crc32c::crc32c_append(hash, &alarm.encode_to_vec());
+        }
+        hash
+    }
+
+    /// The version all members have, as `X.Y.Z`.
+    pub fn cluster_version(&self) -> &str {
+        &self.cluster_version
+    }
+
+    /// The newest applied entry.
+    pub fn applied(&self) -> Mark {
+        self.applied
+    }
+
+    /// What changed since the last cut.
+    pub fn dirty(&self) -> &Dirty {
+        &self.dirty
+    }
+
+    /// Active alarms of one type, or of all types for `NONE`, by member.
+    pub fn alarms(&self, of: AlarmType) -> Vec<AlarmMember> {
+        self.alarms
+            .iter()
+            .filter(|(_, alarm)| of == AlarmType::None || *alarm == of as i32)
+            .map(|&(member_id, alarm)| AlarmMember { member_id, alarm })
+            .collect()
+    }
+
+    /// Whether an alarm of this type is active at any member.
+    pub fn has_alarm(&self, of: AlarmType) -> bool {
+        self.alarms.iter().any(|(_, alarm)| *alarm == of as i32)
+    }
+
+    /// Applies an entry that holds no command: a leader's first of its term.
+    pub fn apply_empty(&mut self, entry: Mark) {
+        self.applied = entry;
+    }
+
+    /// Applies a committed command. An error is an outcome like any other: equal on
+    /// all members, and nothing was changed.
+    pub fn apply(&mut self, entry: Mark, command: Command, effects: &mut Effects) -> Outcome {
+        self.applied = entry;
+        let Some(request) = command.request else { return Ok(Response::Done) };
+        if self.has_alarm(AlarmType::Corrupt) && is_refused_when_corrupt(&request) {
+            return Err(Error::Corrupt);
+        }
+        if self.has_alarm(AlarmType::Nospace) && takes_space(&request) {
+            return Err(Error::NoSpace);
+        }
+        match request {
+            Request::Put(request) => {
+                let lessor = &self.lessor;
+                let mut write = self.store.write();
+                let mut response = txn::apply_put(&mut write, &request, &|id| lessor.exists(id))?;
+                let (revision, changes) = write.commit();
+                response.header = header(revision);
+                self.note(changes, effects);
+                Ok(Response::Put(response))
+            }
+            Request::DeleteRange(request) => {
+                let mut write = self.store.write();
+                let mut response = txn::apply_delete_range(&mut write, &request);
+                let (revision, changes) = write.commit();
+                response.header = header(revision);
+                self.note(changes, effects);
+                Ok(Response::DeleteRange(response))
+            }
+            Request::Txn(request) => {
+                let lessor = &self.lessor;
+                let mut write = self.store.write();
+                let exists = |id| lessor.exists(id);
+                let mut response = txn::apply_txn(&mut write, &request, &exists, Ranges::Execute)?;
+                let (revision, changes) = write.commit();
+                response.header = header(revision);
+                self.note(changes, effects);
+                Ok(Response::Txn(response))
+            }
+            Request::Compaction(CompactionRequest { revision, .. }) => self.compact(revision),
+            Request::AutoCompact(request) if request.term == entry.term => {
+                self.compact(request.revision)
+            }
+            Request::LeaseGrant(request) => self.grant(request, effects),
+            Request::LeaseRevoke(request) => {
+                self.revoke(request.id, effects)?;
+                let response = LeaseRevokeResponse { header: header(self.store.revision()) };
+                Ok(Response::LeaseRevoke(response))
+            }
+            Request::LeaseExpire(request) if request.term == entry.term => {
+                for id in request.ids {
+                    // One that a client revoked meanwhile has nothing left to expire.
+                    let _ = self.revoke(id, effects);
+                }
+                Ok(Response::Done)
+            }
+            Request::LeaseCheckpoint(request) => {
+                for lease in request.checkpoints {
+                    if self.lessor.set_remaining(lease.id, lease.remaining_ttl).is_some() {
+                        self.note_lease(lease.id);
+                    }
+                }
+                Ok(Response::Done)
+            }
+            // A leader of an earlier term decided this; it is not its to decide now.
+            Request::AutoCompact(_) | Request::LeaseExpire(_) => Ok(Response::Done),
+            Request::Alarm(request) => Ok(Response::Alarm(self.alarm(request))),
+            Request::MemberPublish(request) => {
+                self.members.publish(request.id, request.name, request.client_urls);
+                self.dirty.rest = true;
+                Ok(Response::Done)
+            }
+        }
+    }
+
+    /// Removes what compaction made unreachable: at most `budget` keys are looked at,
+    /// and nothing that a reader at `floor` or later needs. Returns whether all is done.
+    ///
+    /// When this happens decides nothing that a client can see.
+    pub fn compact_step(&mut self, floor: i64, budget: usize) -> bool {
+        let step = self.store.compact_step(floor, budget);
+        self.dirty.removed.extend(step.removed);
+        step.done
+    }
+
+    /// Takes away what changed since the last cut.
+    pub fn cut(&mut self) -> Cut {
+        let dirty = std::mem::take(&mut self.dirty);
+        Cut { head: self.head(), members: self.members.records(), dirty }
+    }
+
+    /// Everything but the records, as a cut. Takes nothing away.
+    pub fn image_without_records(&self) -> Cut {
+        let leases = self.lessor.iter().map(|lease| (lease.id(), Some(lease.to_record())));
+        let dirty = Dirty { leases: leases.collect(), rest: true, ..Dirty::default() };
+        Cut { head: self.head(), members: self.members.records(), dirty }
+    }
+
+    fn head(&self) -> CheckpointHead {
+        CheckpointHead {
+            applied_index: self.applied.index,
+            applied_term: self.applied.term,
+            revision: self.store.revision(),
+            compact_revision: self.store.compact_revision(),
+            cluster_id: self.members.cluster_id(),
+            member_id: self.member_id,
+            cluster_version: self.cluster_version.clone(),
+            alarms: self.alarms(AlarmType::None),
+        }
+    }
+
+    fn compact(&mut self, revision: i64) -> Outcome {
+        self.store.compact(revision)?;
+        self.dirty.rest = true;
+        let response = CompactionResponse { header: header(self.store.revision()) };
+        Ok(Response::Compact(response))
+    }
+
+    fn grant(&mut self, request: LeaseGrantRequest, effects: &mut Effects) -> Outcome {
+        let LeaseGrantRequest { id, ttl } = request;
+        self.lessor.grant(id, ttl)?;
+        self.note_lease(id);
+        effects.leases.push(LeaseChange::Granted(id));
+        Ok(Response::LeaseGrant(LeaseGrantResponse {
+            header: header(self.store.revision()),
+            id,
+            ttl,
+            error: String::new(),
+        }))
+    }
+
+    /// Deletes the keys of a lease in one revision, and the lease.
+    fn revoke(&mut self, id: i64, effects: &mut Effects) -> Result<(), Error> {
+        let keys = self.lessor.revoke(id)?;
+        let mut write = self.store.write();
+        for key in keys {
+            write.delete_range(&KeyRange::single(key));
+        }
+        let (_, changes) = write.commit();
+        self.note(changes, effects);
+        self.dirty.leases.insert(id, None);
+        effects.leases.push(LeaseChange::Revoked(id));
+        Ok(())
+    }
+
+    fn note_lease(&mut self, id: i64) {
+        let lease = self.lessor.get(id).map(Lease::to_record);
+        self.dirty.leases.insert(id, lease);
+    }
+
+    fn alarm(&mut self, request: AlarmRequest) -> AlarmResponse {
+        let member = AlarmMember { member_id: request.member_id, alarm: request.alarm };
+        let record = (member.member_id, member.alarm);
+        let alarms = match AlarmAction::try_from(request.action) {
+            Ok(AlarmAction::Get) => match AlarmType::try_from(request.alarm) {
+                Ok(of) => self.alarms(of),
+                Err(_) => Vec::new(),
+            },
+            Ok(AlarmAction::Activate) if request.alarm != AlarmType::None as i32 => {
+                self.alarms.insert(record);
+                vec![member]
+            }
+            Ok(AlarmAction::Deactivate) if self.alarms.remove(&record) => vec![member],
+            _ => Vec::new(),
+        };
+        self.dirty.rest = true;
+        AlarmResponse { header: header(self.store.revision()), alarms }
+    }
+
+    /// Takes note of changed keys: their leases, the checkpoint, the watchers.
+    fn note(&mut self, changes: Vec<Change>, effects: &mut Effects) {
+        txn::attach_leases(&mut self.lessor, &changes);
+        for change in &changes {
+            let record = change.record();
+            self.dirty.records_bytes += record.len();
+            self.dirty.records.push((change.revision, change.deleted, record));
+        }
+        effects.changes.extend(changes);
+    }
+}
+
+fn header(revision: i64) -> Option<ResponseHeader> {
+    Some(ResponseHeader { revision, ..ResponseHeader::default() })
+}
+
+/// etcd's capped applier: these wait until the NOSPACE alarm is disarmed.
+fn takes_space(request: &Request) -> bool {
+    match request {
+        Request::Put(_) | Request::LeaseGrant(_) => true,
+        Request::Txn(request) => super::check::txn_has_put(request),
+        _ => false,
+    }
+}
+
+/// etcd's corrupt applier: nothing that builds on the state.
+fn is_refused_when_corrupt(request: &Request) -> bool {
+    match request {
+        Request::Put(_)
+        | Request::DeleteRange(_)
+        | Request::Txn(_)
+        | Request::Compaction(_)
+        | Request::AutoCompact(_)
+        | Request::LeaseGrant(_)
+        | Request::LeaseRevoke(_)
+        | Request::LeaseExpire(_) => true,
+        Request::LeaseCheckpoint(_) | Request::Alarm(_) | Request::MemberPublish(_) => false,
+    }
+}

@@ -1,0 +1,14 @@
+//! What a member holds, and what requests do to it. Pure: no clock, no thread, no
+//! randomness, no file, no socket; equal logs lead to equal states on all members.
+//!
+//! * [`machine`]: the state machine, and the only function that changes it.
+//! * [`check`]: what is wrong with a request, as etcd says it, before it is proposed.
+//! * [`txn`]: carrying out puts, deletes, ranges and transactions.
+//! * [`members`]: who belongs to the cluster.
+
+pub mod check;
+pub mod machine;
+pub mod members;
+pub mod txn;
+
+pub use machine::{Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine};
