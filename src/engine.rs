@@ -36,7 +36,7 @@ use crate::lease;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
-use crate::runtime::apply_thread::ApplyTask;
+use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
@@ -112,7 +112,7 @@ pub(crate) struct Parts {
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) hub: HubHandle,
-    pub(crate) apply: Sender<ApplyTask>,
+    pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) fault: Fault,
     /// Set while a disk has no space left to give.
@@ -401,8 +401,12 @@ impl Engine {
     ) -> Result<LeaseTimeToLiveResponse, Error> {
         self.parts.proposer.read_barrier().await?;
         let id = request.id;
-        let mut response =
-            LeaseTimeToLiveResponse { header: Some(self.header()), id, ttl: -1, ..Default::default() };
+        let mut response = LeaseTimeToLiveResponse {
+            header: Some(self.header()),
+            id,
+            ttl: -1,
+            ..Default::default()
+        };
         let state = self.parts.state.read();
         if let Some(lease) = state.lessor().get(id) {
             let left = self.parts.leases.remaining(id).ok_or(Error::LeaderChanged)?;
@@ -455,7 +459,11 @@ impl Engine {
     }
 
     /// Tells the cluster this member's name and where its clients reach it.
-    pub(crate) async fn publish(&self, name: String, client_urls: Vec<String>) -> Result<(), Error> {
+    pub(crate) async fn publish(
+        &self,
+        name: String,
+        client_urls: Vec<String>,
+    ) -> Result<(), Error> {
         let id = self.parts.member_id;
         let request = Request::MemberPublish(MemberPublish { id, name, client_urls });
         self.parts.proposer.propose(request).await.map(drop)
@@ -553,8 +561,8 @@ impl Engine {
         Ok(HashKvResponse { header: Some(self.header()), hash, compact_revision, hash_revision })
     }
 
-    /// Writes a checkpoint of everything, so that what was deleted and compacted is
-    /// given back to the store. Reads and writes go on meanwhile.
+    /// Writes the checkpoint anew, so that the space of what was deleted and compacted
+    /// goes back to the filesystem. Reads and writes go on meanwhile.
     ///
     /// # Errors
     /// [`Error::Stopped`].
@@ -562,10 +570,13 @@ impl Engine {
         let began = Instant::now();
         self.parts.metrics.disk_defrag_inflight.set(1);
         let (done, written) = oneshot::channel();
-        let asked = self.parts.apply.send(ApplyTask::Checkpoint(done));
+        let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
         let written = if asked.is_ok() { written.await.map_err(drop) } else { Err(()) };
         self.parts.metrics.disk_defrag_inflight.set(0);
-        self.parts.metrics.disk_backend_defrag_duration_seconds.observe(began.elapsed().as_secs_f64());
+        self.parts
+            .metrics
+            .disk_backend_defrag_duration_seconds
+            .observe(began.elapsed().as_secs_f64());
         written.map_err(|()| Error::Stopped)?;
         Ok(DefragmentResponse::default())
     }
@@ -705,7 +716,9 @@ impl Engine {
 const LEASE_GRANT_COST: u64 = 64;
 
 /// Runs what takes long away from the threads that serve.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Error> {
     tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)
 }
 

@@ -164,8 +164,8 @@ pub struct Identity {
 pub struct Options {
     /// The log's own directory; made, with mode 0700, if it is not there.
     pub dir: PathBuf,
-    /// Size of a segment's file in bytes; at least 8192, rounded up to pages of 4096. May
-    /// differ from one start to the next. See [`SEGMENT_BYTES_DEFAULT`].
+    /// Size of a segment's file in bytes; held between 8 KiB and 1 PiB, and rounded up to
+    /// pages of 4096. May differ from one start to the next. See [`SEGMENT_BYTES_DEFAULT`].
     pub segment_bytes: u64,
     /// Whether to sync at all. Without, a power cut loses acknowledged writes, and may
     /// leave a log that does not open any more.

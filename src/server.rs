@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::api;
+use crate::api::gateway::{self, GatewayOptions};
 use crate::api::http::{self, AccessControl};
 use crate::api::listener::{self, Listener, ServeOptions, SocketOptions};
 use crate::api::tls::{AutoTls, Side, Tls, TlsError, TlsSettings, TlsVersion};
@@ -36,7 +37,7 @@ use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::ResponseHeader;
 use crate::raft::Node;
-use crate::runtime::apply_thread::{ApplyTask, ApplyThread, CompactionPace};
+use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
 use crate::runtime::fault::{Fatal, Fault};
@@ -74,6 +75,9 @@ pub enum StartError {
     /// The metrics contradict each other.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] prometheus::Error),
+    /// The JSON gateway's descriptors contradict each other.
+    #[error(transparent)]
+    Gateway(#[from] prost_reflect::DescriptorError),
     /// The system has no randomness.
     #[error("cannot get random numbers: {0}")]
     Random(#[from] getrandom::Error),
@@ -116,7 +120,7 @@ impl Server {
         let engine = member.engine.clone();
         member.ready(&config, &bound).await?;
 
-        let Routers { all, grpc, http, monitoring } = Routers::new(&engine, &config);
+        let Routers { all, grpc, http, monitoring } = Routers::new(&engine, &config)?;
         let on_client_port = if bound.http_only.is_empty() { all.clone() } else { grpc };
         let options = serve_options(&config);
         let client_urls: Vec<_> =
@@ -124,11 +128,9 @@ impl Server {
         let metrics_urls: Vec<_> =
             bound.metrics.iter().map(|listener| listener.local_url().clone()).collect();
         let mut listeners = Vec::new();
-        for (bound, router) in [
-            (bound.clients, on_client_port),
-            (bound.http_only, http),
-            (bound.metrics, monitoring),
-        ] {
+        for (bound, router) in
+            [(bound.clients, on_client_port), (bound.http_only, http), (bound.metrics, monitoring)]
+        {
             for listener in bound {
                 let url = listener.local_url().to_string();
                 tracing::info!(url, "serving client traffic");
@@ -199,7 +201,7 @@ struct Routers {
 }
 
 impl Routers {
-    fn new(engine: &Engine, config: &Config) -> Routers {
+    fn new(engine: &Engine, config: &Config) -> Result<Routers, StartError> {
         let metrics = engine.metrics();
         let source = Arc::new(engine.clone());
         let timeout = engine.request_timeout();
@@ -208,13 +210,17 @@ impl Routers {
             host_whitelist: config.host_whitelist.iter().cloned().collect(),
         };
         let grpc = api::grpc_router(engine.clone(), Arc::clone(metrics));
-        let http = http::client_router(Arc::clone(&source), Arc::clone(metrics), timeout);
-        Routers {
+        let mut http = http::client_router(Arc::clone(&source), Arc::clone(metrics), timeout);
+        if config.enable_grpc_gateway {
+            let max_message_bytes = api::max_message_bytes(engine.limits());
+            http = http.merge(gateway::router(grpc.clone(), GatewayOptions { max_message_bytes })?);
+        }
+        Ok(Routers {
             all: http::one_port(grpc.clone(), http.clone(), access.clone()),
             grpc,
             http: http::guarded(http, access),
             monitoring: http::metrics_router(source, Arc::clone(metrics), timeout),
-        }
+        })
     }
 }
 
@@ -313,7 +319,7 @@ impl Member {
             tokio::task::spawn_blocking(move || recover::open(&place, &bootstrap))
         };
         let recovery = opening.await.map_err(|error| Fatal::new(error.to_string()))??;
-        let Recovery { state, mut start, log, storage, reopen, identity, is_new } = recovery;
+        let Recovery { state, mut start, log, storage, generations, identity, is_new } = recovery;
 
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
@@ -391,7 +397,7 @@ impl Member {
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
             hub: hub_handle.clone(),
-            apply: apply_sender.clone(),
+            checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
             full: Arc::clone(&full),
@@ -407,11 +413,17 @@ impl Member {
             front: Vec::new(),
             checkpointer: None,
         };
-        let checkpointer =
-            Checkpointer::new(checkpoint_sender, Arc::clone(&busy), config.snapshot_count, applied.index);
+        let checkpointer = Checkpointer::new(
+            checkpoint_sender,
+            Arc::clone(&busy),
+            config.snapshot_count,
+            applied.index,
+        );
         let checkpoint_thread = CheckpointThread {
             storage: Some(storage),
-            reopen,
+            generations,
+            state: Arc::clone(&state),
+            pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
             raft: raft_sender.clone(),
             busy,
@@ -573,7 +585,12 @@ async fn auto_compact(engine: Engine, retention: Retention) {
 }
 
 /// After a fatal error: nobody is left waiting, and nothing new is taken.
-async fn end_on_fault(fault: Fault, waiters: Arc<Waiters>, hub: HubHandle, stop: watch::Sender<bool>) {
+async fn end_on_fault(
+    fault: Fault,
+    waiters: Arc<Waiters>,
+    hub: HubHandle,
+    stop: watch::Sender<bool>,
+) {
     let mut stopped = stop.subscribe();
     tokio::select! {
         _ = fault.wait() => {

@@ -261,7 +261,7 @@ async fn health<H: HealthSource>(
         Some(reason) => {
             endpoints.metrics.server_health_failures.inc();
             tracing::warn!(reason, "/health is false");
-            // A BTreeMap would do as well: both keys are in alphabetical order.
+            // serde_json sorts the keys, which is the order etcd writes them in.
             let body = serde_json::json!({ "health": "false", "reason": reason });
             error(StatusCode::SERVICE_UNAVAILABLE, &body.to_string())
         }

@@ -18,6 +18,7 @@ mod auth;
 mod cluster;
 mod concurrency;
 mod election;
+pub mod gateway;
 mod health;
 pub mod http;
 mod intercept;
@@ -41,7 +42,7 @@ use tonic::server::NamedService;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use self::intercept::{Dispatch, Intercept, RequestBody, Response, Settings};
-use crate::engine::Engine;
+use crate::engine::{Engine, Limits};
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::auth_server::AuthServer;
 use crate::pb::etcdserverpb::cluster_server::ClusterServer;
@@ -109,6 +110,11 @@ services! {
     health: HealthServer<health::Health> = |_| health::Health;
 }
 
+/// The largest message a client may send, in bytes.
+pub fn max_message_bytes(limits: &Limits) -> usize {
+    limits.max_request_bytes.saturating_add(GRPC_OVERHEAD_BYTES)
+}
+
 /// All gRPC services of `engine` as a router that answers every path, unknown
 /// services in gRPC's way.
 ///
@@ -116,7 +122,7 @@ services! {
 /// lives; streams end with the engine, or when their connection does.
 pub fn grpc_router(engine: Engine, metrics: Arc<Metrics>) -> axum::Router {
     let limits = engine.limits();
-    let max_message_bytes = limits.max_request_bytes.saturating_add(GRPC_OVERHEAD_BYTES);
+    let max_message_bytes = max_message_bytes(limits);
     let settings = Settings {
         max_message_bytes: u32::try_from(max_message_bytes).unwrap_or(u32::MAX),
         election_timeout: limits.election_timeout,

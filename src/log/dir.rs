@@ -4,7 +4,7 @@
 //! LOCK                                  held while a process has the log open
 //! 0000000000000007-00000000000186a0.log segment 7, begun when the next index was 100000
 //! 0000000000000003.spare                a file to write a later segment over
-//! *.tmp                                 being made; removed when the log is opened
+//! segment-….tmp  spare-….tmp            being made; removed when the log is opened
 //! ```
 //!
 //! Other names are left alone. Directories are made with mode 0700, files with 0600.
@@ -15,6 +15,9 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::LogError;
+
+/// Sequences and numbers of spares in names stay below.
+const NUMBER_MAX: u64 = 1 << 60;
 
 /// Points a crash can fall between; tests look at the directory at each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -197,11 +200,15 @@ enum Name {
 
 fn classify(path: &Path) -> Name {
     let hex = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
+    // One that was never counted up to cannot be counted on from.
+    let counted = |text: &str| hex(text).filter(|&number| number < NUMBER_MAX);
     let Some(name) = path.file_name().and_then(|name| name.to_str()) else { return Name::Other };
     match name.split_once('.') {
-        Some((_, "tmp")) => Name::Temporary,
-        Some((stem, "spare")) => hex(stem).map_or(Name::Other, |number| Name::Spare { number }),
-        Some((stem, "log")) => match stem.split_once('-').map(|(a, b)| (hex(a), hex(b))) {
+        Some((stem, "tmp")) if stem.starts_with("segment-") || stem.starts_with("spare-") => {
+            Name::Temporary
+        }
+        Some((stem, "spare")) => counted(stem).map_or(Name::Other, |number| Name::Spare { number }),
+        Some((stem, "log")) => match stem.split_once('-').map(|(a, b)| (counted(a), hex(b))) {
             Some((Some(sequence), Some(first_index))) => Name::Segment { sequence, first_index },
             _ => Name::Other,
         },

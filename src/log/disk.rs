@@ -22,6 +22,8 @@ use super::{
 const INLINE_SEGMENT_BYTES: u64 = 1 << 20;
 /// The least [`Options::segment_bytes`] in effect: a header and some records.
 const SEGMENT_BYTES_MIN: u64 = 2 * SEGMENT_HEADER_BYTES;
+/// The most: beyond any file system's largest file.
+const SEGMENT_BYTES_MAX: u64 = 1 << 50;
 
 /// The raft log in a directory of its own. One thread uses it; dropping it writes nothing.
 #[derive(Debug)]
@@ -77,7 +79,9 @@ impl Log {
     /// nothing.
     pub fn open(options: Options) -> Result<(Log, Recovered), LogError> {
         let Options { dir, segment_bytes, fsync, identity } = options;
-        let segment_bytes = segment_bytes.max(SEGMENT_BYTES_MIN).next_multiple_of(4096);
+        let segment_bytes = segment_bytes
+            .clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
+            .next_multiple_of(SEGMENT_HEADER_BYTES);
         let dir = Arc::new(Directory::open(&dir, fsync)?);
         let mut listing = dir.list()?;
         for path in &listing.temporaries {
@@ -133,11 +137,6 @@ impl Log {
     /// Whether `dir` holds a log. A directory that is not there does not.
     pub fn exists(dir: &Path) -> Result<bool, LogError> {
         dir::holds_a_log(dir)
-    }
-
-    /// The directory it is in.
-    pub fn dir(&self) -> &Path {
-        self.dir.path()
     }
 
     fn check(&self) -> Result<(), LogError> {

@@ -51,6 +51,8 @@ use super::{Entry, LogError};
 const RECORD_HEADER: usize = RECORD_HEADER_BYTES as usize;
 /// Segments are read in pieces of this size, unless a record is larger.
 const READ_BYTES: usize = 1 << 20;
+/// Zeros are skipped by the block when looking for records.
+const SCAN_BLOCK_BYTES: usize = 4096;
 
 /// A log as it was found.
 pub(super) struct Found {
@@ -242,17 +244,20 @@ impl Reader {
         while offset + RECORD_HEADER_BYTES <= self.file_bytes {
             let place = self.place(0);
             let window = self.bytes(offset, RECORD_HEADER)?;
-            let mut seen = 0;
+            let starts = (window.len() + 1).saturating_sub(RECORD_HEADER);
             let mut claim = 0;
-            for at in (0..window.len()).step_by(RECORD_ALIGN_BYTES) {
-                let Some(bytes) = window.get(at..).and_then(|rest| rest.first_chunk()) else {
-                    break;
-                };
-                seen = (at + RECORD_ALIGN_BYTES) as u64;
-                let place = Place { offset: offset + at as u64, ..place };
-                if let Some(header) = RecordHeader::decode(bytes, place) {
-                    remains = true;
-                    claim = claim.max(header.synced);
+            for block in (0..starts).step_by(SCAN_BLOCK_BYTES) {
+                let stop = block + SCAN_BLOCK_BYTES;
+                if window.get(block..stop) == Some(&[0; SCAN_BLOCK_BYTES]) {
+                    continue;
+                }
+                for at in (block..stop.min(starts)).step_by(RECORD_ALIGN_BYTES) {
+                    let place = Place { offset: offset + at as u64, ..place };
+                    let bytes = window.get(at..).and_then(|rest| rest.first_chunk());
+                    if let Some(header) = bytes.and_then(|b| RecordHeader::decode(b, place)) {
+                        remains = true;
+                        claim = claim.max(header.synced);
+                    }
                 }
             }
             if claim > end {
@@ -261,7 +266,7 @@ impl Reader {
                     "a record does not verify, though later ones prove that it was on the disk",
                 ));
             }
-            offset += seen;
+            offset += starts.next_multiple_of(RECORD_ALIGN_BYTES) as u64;
         }
         if !remains {
             return Ok(None);

@@ -44,7 +44,10 @@ impl Bounds {
                 first.index, self.start.index
             )));
         }
-        let contiguous = entries.iter().zip(first.index..).all(|(e, index)| e.index == index);
+        let contiguous = entries
+            .iter()
+            .zip(entries.iter().skip(1))
+            .all(|(one, next)| one.index.checked_add(1) == Some(next.index));
         if !contiguous || entries.last().is_some_and(|last| last.index == u64::MAX) {
             return Err(LogError::Misuse(format!(
                 "entries from index {} are not contiguous",
@@ -130,9 +133,9 @@ impl Replay {
         }
         let start = self.bounds.start.index;
         if start >= self.base {
-            let cut = usize::try_from(start - self.base + 1).unwrap_or(usize::MAX);
+            let cut = usize::try_from((start - self.base).saturating_add(1)).unwrap_or(usize::MAX);
             self.entries.drain(..cut.min(self.entries.len()));
-            self.base = start + 1;
+            self.base = start.saturating_add(1);
         }
         self.bounds.check_append(&entries)?;
         if let Some(first) = entries.first() {

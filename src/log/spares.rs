@@ -92,7 +92,8 @@ impl Spares {
         Ok(Spares { shared, thread: Some(thread) })
     }
 
-    /// A file to write the next segment over, if one is ready. Its name is durable.
+    /// A file to write the next segment over, if one is ready. No segment's name stands
+    /// for it any more, not even after a power cut.
     pub(super) fn take(&self) -> Option<PathBuf> {
         self.shared.state.lock().ready.pop()
     }

@@ -24,6 +24,11 @@ fn scratch() -> TempDir {
     TempDir::new_in("/dev/shm").unwrap_or_else(|_| TempDir::new().unwrap())
 }
 
+/// A failing case is printed, shrunk; nothing is left in the source tree.
+fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 fn options(dir: &Path) -> Options {
     Options { dir: dir.to_owned(), segment_bytes: SEGMENT, fsync: true, identity: IDENTITY }
 }
@@ -319,6 +324,18 @@ fn an_installed_snapshot_replaces_everything() {
 }
 
 #[test]
+fn entries_that_a_snapshot_replaced_keep_no_segment() {
+    let dir = scratch();
+    let (mut log, _) = open(dir.path());
+    fill(&mut log, 400);
+    log.install(Mark { index: 50, term: 2 }, hard_state(2, 0, 50)).unwrap();
+    fill(&mut log, 300);
+    log.truncate_prefix(Mark { index: 300, term: 1 }).unwrap();
+    log.spares.settle();
+    assert_eq!(names(dir.path(), "log").len(), 1);
+}
+
+#[test]
 fn stale_bytes_of_a_recycled_segment_never_appear() {
     let dir = scratch();
     let (mut log, _) = open(dir.path());
@@ -381,11 +398,11 @@ fn spares_are_bounded_and_wrong_sizes_go() {
     log.spares.settle();
     assert_eq!(names(dir.path(), "spare").len(), 0, "another size is of no use");
     fs::write(dir.path().join("segment-0000000000000009.tmp"), b"half").unwrap();
-    fs::write(dir.path().join("notes.txt"), b"mine").unwrap();
+    fs::write(dir.path().join("ffffffffffffffff.spare"), b"odd").unwrap();
+    fs::write(dir.path().join("notes.tmp"), b"mine").unwrap();
     drop(log);
     drop(open(dir.path()));
-    assert_eq!(names(dir.path(), "tmp").len(), 0);
-    assert!(dir.path().join("notes.txt").exists());
+    assert_eq!(names(dir.path(), "tmp"), [dir.path().join("notes.tmp")]);
 }
 
 #[test]
@@ -544,12 +561,34 @@ fn a_header_alone_proves_what_was_synced() {
 }
 
 #[test]
+fn what_arrived_behind_a_hole_is_cut_with_it() {
+    let dir = scratch();
+    let (mut log, _) = open(dir.path());
+    let hole = log.current.end;
+    let first = log.append(&entries(1, 1, 1, 300), None).unwrap().waiting_bytes;
+    log.append(&entries(2, 1, 1, 300), None).unwrap();
+    log.sync().unwrap();
+    let path = log.current.path.clone();
+    drop(log);
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    file.write_all_at(&vec![0; first as usize], hole).unwrap();
+    let (mut log, found) = open(dir.path());
+    assert_eq!(found.entries.len(), 0);
+    assert!(found.repaired.is_some());
+    // As long as the one before, so that the old second record would follow it.
+    log.append(&entries(1, 1, 2, 300), None).unwrap();
+    log.sync().unwrap();
+    drop(log);
+    assert_eq!(open(dir.path()).1.entries, entries(1, 1, 2, 300));
+}
+
+#[test]
 fn any_flipped_byte_of_an_older_segment_is_refused() {
     let dir = scratch();
     let (mut log, _) = open(dir.path());
-    // The last record of segment 1 is its only batch's, and nothing follows it there.
     log.append(&entries(1, 1, 1, 300), None).unwrap();
     log.sync().unwrap();
+    log.close().unwrap(); // An empty record, which only the next header can miss.
     let end = log.current.end;
     log.append(&entries(2, 1, 1, 7900), None).unwrap();
     log.sync().unwrap();
@@ -589,7 +628,7 @@ fn messages_tell_file_and_offset_and_what_to_do() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(cases(300))]
 
     /// A power cut while a batch of several records is written: of the sectors it
     /// touches, any may have arrived. Before, the file held zeros or an older life.
@@ -1028,7 +1067,7 @@ fn run<L: LogStore>(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(cases(200))]
 
     #[test]
     fn the_disk_keeps_what_the_model_keeps(

@@ -66,7 +66,7 @@ pub struct Store {
     history_start: u64,
     /// The numbers of those changes in `history` that created or deleted a key.
     counted: VecDeque<u64>,
-    /// `counted` is complete for changes above this main revision.
+    /// `counted` is complete above this main revision, as far as the history goes back.
     counted_above: i64,
     size_bytes: u64,
 }
@@ -114,7 +114,6 @@ impl Store {
         size_bytes: u64,
     ) -> Store {
         let mut store = Store { tree, revision, compact_revision, size_bytes, ..Store::new() };
-        store.counted_above = compact_revision;
         for change in history {
             store.remember(change);
         }
@@ -297,7 +296,6 @@ impl Store {
             self.counted.pop_front();
         }
         self.history_start += 1;
-        self.counted_above = self.counted_above.max(change.revision.main);
         Some(change)
     }
 

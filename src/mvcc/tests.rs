@@ -59,11 +59,13 @@ fn finish_compaction(store: &mut Store) -> Vec<Revision> {
 
 // The model.
 
+/// A key, and, if it was put, the value and the lease.
+type Written = (Bytes, Option<(Bytes, i64)>);
+
 /// Everything that ever happened.
 #[derive(Default)]
 struct Model {
-    /// Revision, key, and, for a put, value and lease.
-    log: Vec<(Revision, Bytes, Option<(Bytes, i64)>)>,
+    log: Vec<(Revision, Written)>,
     revision: i64,
     compact_revision: i64,
     /// The rows etcd would still have if it freed everything at once, by revision.
@@ -80,7 +82,7 @@ impl Model {
     fn replay(&self, at: i64) -> (Vec<Change>, BTreeMap<Bytes, KeyValue>) {
         let mut state: BTreeMap<Bytes, KeyValue> = BTreeMap::new();
         let mut changes = Vec::new();
-        for (revision, key, value) in self.log.iter().filter(|entry| entry.0.main <= at) {
+        for (revision, (key, value)) in self.log.iter().filter(|entry| entry.0.main <= at) {
             let before = state.get(key).cloned();
             let prev = before.as_ref().map(|kv| Bytes::from(kv.encode_to_vec()));
             let main = revision.main;
@@ -111,14 +113,14 @@ impl Model {
         (changes, state)
     }
 
-    fn apply(&mut self, changes: &[(Bytes, Option<(Bytes, i64)>)]) {
+    fn apply(&mut self, changes: &[Written]) {
         if changes.is_empty() {
             return;
         }
         self.revision += 1;
-        for (sub, (key, value)) in changes.iter().enumerate() {
+        for (sub, written) in changes.iter().enumerate() {
             let revision = Revision::new(self.revision, sub as i64);
-            self.log.push((revision, key.clone(), value.clone()));
+            self.log.push((revision, written.clone()));
         }
         for change in self.replay(self.revision).0.iter().rev().take(changes.len()) {
             self.rows.insert(change.revision, (change.deleted, change.record()));
@@ -130,7 +132,7 @@ impl Model {
     /// exactly there.
     fn available(&self, at: i64, tombstones: bool) -> BTreeSet<Revision> {
         let mut generations: BTreeMap<&Bytes, Vec<Vec<Revision>>> = BTreeMap::new();
-        for (revision, key, value) in &self.log {
+        for (revision, (key, value)) in &self.log {
             let generations = generations.entry(key).or_insert_with(|| vec![Vec::new()]);
             generations.last_mut().unwrap().push(*revision);
             if value.is_none() {
@@ -191,12 +193,12 @@ impl Model {
     /// compact revision.
     fn records(&self) -> Vec<Record> {
         let mut records: BTreeMap<Revision, (bool, Bytes)> = self.rows.clone();
-        for (revision, key, _) in &self.log {
+        for (revision, (key, _)) in &self.log {
             if revision.main == self.compact_revision {
                 let mut before = self.replay(revision.main - 1).1;
                 if let Some(kv) = before.remove(key) {
                     let log = self.log.iter().rev();
-                    let row = log.filter(|e| e.1 == *key && e.0.main == kv.mod_revision);
+                    let row = log.filter(|e| e.1.0 == *key && e.0.main == kv.mod_revision);
                     let row = row.map(|entry| entry.0).next().unwrap();
                     records.insert(row, (false, Bytes::from(kv.encode_to_vec())));
                 }
@@ -297,8 +299,8 @@ enum Op {
     Pin(u8),
     /// Ends the pin, and checks what was read under it.
     Unpin,
-    /// Removes from the checkpoint what was reported as removed.
-    CleanCheckpoint,
+    /// Removes from the checkpoint so many of the records reported as removed.
+    CleanCheckpoint(usize),
     RestoreFromRecords,
     RestoreFromCheckpoint,
 }
@@ -315,7 +317,7 @@ fn any_op() -> impl Strategy<Value = Op> {
         4 => (0usize..6).prop_map(Op::CompactStep),
         2 => any::<u8>().prop_map(Op::Pin),
         1 => Just(Op::Unpin),
-        1 => Just(Op::CleanCheckpoint),
+        1 => (0usize..8).prop_map(Op::CleanCheckpoint),
         1 => Just(Op::RestoreFromRecords),
         1 => Just(Op::RestoreFromCheckpoint),
     ]
@@ -364,7 +366,7 @@ impl Bench {
     fn write(&mut self, writes: &[Write]) {
         let (_, mut state) = self.model.replay(self.model.revision);
         let mut txn = self.store.write();
-        let mut made: Vec<(Bytes, Option<(Bytes, i64)>)> = Vec::new();
+        let mut made: Vec<Written> = Vec::new();
         let mut prevs = Vec::new();
         for write in writes {
             // etcd refuses transactions that change a key twice.
@@ -445,8 +447,8 @@ impl Bench {
         assert_eq!(pin.cut.into_records(), pin.cut_expected);
     }
 
-    fn clean_checkpoint(&mut self) {
-        for revision in self.to_remove.drain(..) {
+    fn clean_checkpoint(&mut self, count: usize) {
+        for revision in self.to_remove.drain(..count.min(self.to_remove.len())) {
             self.checkpoint.remove(&revision);
         }
     }
@@ -473,7 +475,7 @@ impl Bench {
                 });
             }
             Op::Unpin => self.unpin(),
-            Op::CleanCheckpoint => self.clean_checkpoint(),
+            Op::CleanCheckpoint(count) => self.clean_checkpoint(*count),
             Op::RestoreFromRecords => {
                 self.pin = None;
                 let records: Vec<_> = self.store.records().collect();
@@ -499,7 +501,7 @@ impl Bench {
     fn finish(&mut self) {
         self.unpin();
         while !self.compact_step(2).done {}
-        self.clean_checkpoint();
+        self.clean_checkpoint(usize::MAX);
         let records = self.model.records();
         let left: Vec<_> =
             self.checkpoint.iter().map(|(r, (d, kv))| (*r, *d, kv.clone())).collect();
@@ -516,8 +518,6 @@ impl Bench {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(if cfg!(debug_assertions) { 256 } else { 4096 }))]
-
     #[test]
     fn store_behaves_like_the_full_history(
         ops in proptest::collection::vec(any_op(), 0..40),
@@ -772,6 +772,15 @@ fn restore_refuses_what_is_not_a_store() {
     }
     let error = refused(&with(bytes("")), 3, -1).unwrap();
     assert_eq!(error.to_string(), "record 2.0: it has no key");
+}
+
+#[test]
+fn a_tombstone_that_outlived_its_version_in_the_checkpoint_is_removed() {
+    let tombstone = (Revision::new(3, 0), true, bytes("\n\x01a"));
+    let mut store = Store::restore([tombstone], 5, 5).unwrap();
+    assert_eq!(store.records().count(), 0);
+    assert_eq!(finish_compaction(&mut store), [Revision::new(3, 0)]);
+    assert_eq!(store.size_bytes(), 0);
 }
 
 #[test]

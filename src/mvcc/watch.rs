@@ -49,7 +49,7 @@ use prost::Message;
 
 use self::event::{SharedEvent, field_len};
 use self::index::{Index, Slot};
-use super::{Change, KeyRange};
+use super::{Change, KeyRange, Store};
 use crate::error::Error;
 use crate::pb::etcdserverpb::watch_create_request::FilterType;
 use crate::pb::etcdserverpb::{ResponseHeader, WatchCreateRequest, WatchResponse};
@@ -103,6 +103,22 @@ pub trait History {
     ///
     /// The compaction and the changes are of the same moment.
     fn changes(&self, from: i64, max_changes: usize, max_bytes: usize) -> Result<Page, Compacted>;
+}
+
+impl History for Store {
+    fn revision(&self) -> i64 {
+        self.revision()
+    }
+
+    fn changes(&self, from: i64, max_changes: usize, max_bytes: usize) -> Result<Page, Compacted> {
+        let compact_revision = self.compact_revision();
+        if from < compact_revision {
+            return Err(Compacted { compact_revision });
+        }
+        // The page says where to stop: it has to know whether there would have been more.
+        let changes = self.changes(from, usize::MAX);
+        Ok(Page::collect(changes, self.revision(), max_changes, max_bytes))
+    }
 }
 
 impl<H: History + ?Sized> History for Arc<H> {
@@ -426,7 +442,8 @@ impl<O: Outbox> Watchers<O> {
     // Changes.
 
     /// Hands `changes`, which are all of those after the position and up to `through`, to
-    /// the Live watchers.
+    /// the Live watchers. Earlier ones among them do no harm: every Live watcher that wants
+    /// them has them.
     pub fn deliver<'a>(&mut self, changes: impl IntoIterator<Item = &'a Change>, through: i64) {
         let refused = self.fan_out(None, changes);
         self.position = self.position.max(through);

@@ -158,4 +158,3 @@ fn entry_type(kind: u8) -> EntryType {
         EntryType::EntryNormal
     }
 }
-

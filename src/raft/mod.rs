@@ -158,8 +158,12 @@ impl Node {
     pub fn new(start: Start) -> Result<Node, RaftError> {
         let Start { id, election_ticks, pre_vote, hard_state, applied, configuration, .. } = start;
         let commit = hard_state.commit.max(applied);
-        let cache =
-            LogCache::new(start.start, start.entries, HardState { commit, ..hard_state }, &configuration);
+        let cache = LogCache::new(
+            start.start,
+            start.entries,
+            HardState { commit, ..hard_state },
+            &configuration,
+        );
         let last = cache.last_index();
         if commit > last || applied < start.start.index {
             return Err(RaftError(format!(
@@ -273,7 +277,8 @@ impl Node {
         let mut ready = self.raw.ready();
         let role = self.role_change();
         let entries: Vec<Entry> = ready.take_entries().into_iter().map(cache::from_raft).collect();
-        let hard_state = ready.hs().map(|hs| HardState { term: hs.term, vote: hs.vote, commit: hs.commit });
+        let hard_state =
+            ready.hs().map(|hs| HardState { term: hs.term, vote: hs.vote, commit: hs.commit });
         let reads = ready.take_read_states().iter().filter_map(read_ready).collect();
         let committed: Vec<Entry> =
             ready.take_committed_entries().into_iter().map(cache::from_raft).collect();

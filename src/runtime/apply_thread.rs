@@ -40,8 +40,6 @@ const LOCK_HELD_MAX: Duration = Duration::from_millis(1);
 pub enum ApplyTask {
     /// Apply these committed entries, which follow the last ones.
     Entries(Vec<Entry>),
-    /// Make a checkpoint of what is applied now and answer when it is durable.
-    Checkpoint(oneshot::Sender<()>),
     /// Stop. What is queued behind it is dropped.
     Stop,
 }
@@ -156,7 +154,6 @@ impl ApplyThread {
     fn accept(&mut self, task: ApplyTask, progress: &mut Progress) -> Received {
         match task {
             ApplyTask::Entries(entries) => progress.entries.extend(entries),
-            ApplyTask::Checkpoint(done) => self.checkpointer.ask(done),
             ApplyTask::Stop => return Received::Stop,
         }
         Received::Went
@@ -219,7 +216,9 @@ impl ApplyThread {
             if matches!(outcome, Ok(Response::Compact(_))) {
                 progress.compact_at = Some(Instant::now());
             }
-            let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else { continue };
+            let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else {
+                continue;
+            };
             match outcome {
                 Ok(response) if physical => progress.physical.push((waiter, response)),
                 // A caller that gave up does not want to know.

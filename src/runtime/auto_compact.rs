@@ -68,7 +68,8 @@ impl Schedule {
                 while self.samples.len() > kept.saturating_add(1) {
                     self.samples.pop_front();
                 }
-                let pause = if self.compacted == 0 { period } else { period.min(PERIODIC_INTERVAL_MAX) };
+                let pause =
+                    if self.compacted == 0 { period } else { period.min(PERIODIC_INTERVAL_MAX) };
                 if now.saturating_sub(self.last) < pause || self.samples.len() <= kept {
                     return None;
                 }

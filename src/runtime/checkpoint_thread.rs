@@ -29,11 +29,12 @@ use parking_lot::RwLock;
 use tokio::sync::oneshot;
 
 use super::fault::Fault;
+use super::pins::Pins;
 use super::raft_thread::RaftInput;
 use super::records;
 use crate::metrics::Metrics;
 use crate::state::{Cut, StateMachine};
-use crate::storage::{Storage, StorageError};
+use crate::storage::{Generations, Storage, StorageError};
 
 /// Changes are at most this old when a checkpoint of them begins.
 const DIRTY_AGE_MAX: Duration = Duration::from_secs(1);
@@ -44,6 +45,8 @@ const DIRTY_BYTES_SOON: usize = 16 * 1024 * 1024;
 const BUSY_RETRY: Duration = Duration::from_millis(10);
 /// A store that is full is tried again after this.
 const FULL_RETRY: Duration = Duration::from_secs(1);
+/// Keys gathered in one hold of the state's lock when everything is written anew.
+const KEYS_PER_STEP: usize = 4096;
 
 /// Why a cut is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,15 +56,15 @@ pub enum CutReason {
     /// `--snapshot-count` entries were applied since the last one: the log is
     /// truncated after it.
     Snapshot,
-    /// Somebody asked for it.
-    Asked,
 }
 
 /// What the checkpoint thread is told.
 #[derive(Debug)]
 pub enum CheckpointTask {
     /// Write this and make it durable.
-    Write(Box<Cut>, CutReason, Vec<oneshot::Sender<()>>),
+    Write(Box<Cut>, CutReason),
+    /// Write everything anew, give back the space of the old checkpoint, and answer.
+    Rewrite(oneshot::Sender<()>),
     /// Stop. What is queued before it is written.
     Stop,
 }
@@ -76,7 +79,6 @@ pub struct Checkpointer {
     applied_index: u64,
     dirty_bytes: usize,
     dirty_since: Option<Instant>,
-    asked: Vec<oneshot::Sender<()>>,
 }
 
 impl Checkpointer {
@@ -96,7 +98,6 @@ impl Checkpointer {
             applied_index: snapshot_index,
             dirty_bytes: 0,
             dirty_since: None,
-            asked: Vec::new(),
         }
     }
 
@@ -110,11 +111,6 @@ impl Checkpointer {
         }
     }
 
-    /// Somebody wants a durable checkpoint of what is applied now.
-    pub fn ask(&mut self, done: oneshot::Sender<()>) {
-        self.asked.push(done);
-    }
-
     /// When [`Checkpointer::cut_if_due`] is to be called again, if nothing else
     /// happens.
     pub fn due_at(&self) -> Option<Instant> {
@@ -123,7 +119,11 @@ impl Checkpointer {
         } else {
             self.dirty_since? + DIRTY_AGE_MAX
         };
-        Some(if self.busy.load(Ordering::Acquire) { due.max(Instant::now() + BUSY_RETRY) } else { due })
+        Some(if self.busy.load(Ordering::Acquire) {
+            due.max(Instant::now() + BUSY_RETRY)
+        } else {
+            due
+        })
     }
 
     /// Makes a cut and hands it over, when one is due and the last one is written.
@@ -145,31 +145,29 @@ impl Checkpointer {
         }
         self.dirty_bytes = 0;
         self.dirty_since = None;
-        let asked = std::mem::take(&mut self.asked);
         // The checkpoint thread ends only when told to, or with a fault raised.
-        let _ = self.tasks.send(CheckpointTask::Write(cut, reason, asked));
+        let _ = self.tasks.send(CheckpointTask::Write(cut, reason));
     }
 
     fn reason_now(&self) -> Option<CutReason> {
         if self.applied_index.saturating_sub(self.snapshot_index) > self.snapshot_count {
             Some(CutReason::Snapshot)
-        } else if !self.asked.is_empty() {
-            Some(CutReason::Asked)
         } else {
             (self.dirty_bytes >= DIRTY_BYTES_SOON).then_some(CutReason::Dirty)
         }
     }
 }
 
-/// Opens the store again after it ran out of space: sled stays in its error.
-pub type Reopen = Box<dyn Fn() -> Result<Box<dyn Storage>, StorageError> + Send>;
-
 /// Everything the checkpoint thread works with.
 pub struct CheckpointThread {
-    /// The store; `None` only while it is being opened again.
+    /// The store; `None` while there is none to write to, because its disk was full.
     pub storage: Option<Box<dyn Storage>>,
-    /// Opens it again.
-    pub reopen: Reopen,
+    /// Makes the next one.
+    pub generations: Box<dyn Generations>,
+    /// The state, for writing it anew as a whole. Only read here.
+    pub state: Arc<RwLock<StateMachine>>,
+    /// Holds what is being written.
+    pub pins: Arc<Pins>,
     /// What the thread is told.
     pub tasks: Receiver<CheckpointTask>,
     /// Whom to tell what the log no longer needs to hold.
@@ -193,42 +191,50 @@ pub struct CheckpointThread {
 impl CheckpointThread {
     /// Runs until told to stop or the store fails.
     pub fn run(mut self) {
-        while let Ok(CheckpointTask::Write(cut, reason, done)) = self.tasks.recv() {
-            if let Err(error) = self.write(*cut, reason) {
-                return self.fault.raise("checkpoint", error);
-            }
-            for done in done {
-                // Whoever asked may have gone.
-                let _ = done.send(());
-            }
-            self.busy.store(false, Ordering::Release);
+        if let Err(error) = self.run_until_stopped() {
+            self.fault.raise("checkpoint", error);
         }
     }
 
-    fn write(&mut self, cut: Cut, reason: CutReason) -> Result<(), StorageError> {
+    fn run_until_stopped(&mut self) -> Result<(), StorageError> {
+        while let Ok(task) = self.tasks.recv() {
+            match task {
+                CheckpointTask::Write(cut, reason) => {
+                    self.write(&cut, reason)?;
+                    self.busy.store(false, Ordering::Release);
+                }
+                CheckpointTask::Rewrite(done) => {
+                    self.retry_while_full(Self::rewrite)?;
+                    // Whoever asked may have gone.
+                    let _ = done.send(());
+                }
+                CheckpointTask::Stop => break,
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, cut: &Cut, reason: CutReason) -> Result<(), StorageError> {
         let began = Instant::now();
         let index = cut.head.applied_index;
-        while let Err(error) = self.try_write(&cut) {
-            // Nothing is lost: the log holds all of it, and batches can be repeated.
-            if !error.is_full() {
-                return Err(error);
-            }
-            if !self.full.swap(true, Ordering::AcqRel) {
-                tracing::error!(%error, "the checkpoint has no space on its disk; writes are refused until there is");
-            }
-            if self.stopping.load(Ordering::Acquire) {
-                return Ok(());
-            }
-            std::thread::sleep(FULL_RETRY);
-            self.storage = None;
-            self.storage = (self.reopen)().ok();
-        }
-        if self.full.swap(false, Ordering::AcqRel) {
-            tracing::info!("the checkpoint has space again");
-        }
+        self.retry_while_full(|thread| match thread.storage.as_deref_mut() {
+            Some(storage) => records::write(storage, cut),
+            // A store that failed is not trusted again; everything is in memory.
+            None => thread.rewrite(),
+        })?;
         let took = began.elapsed().as_secs_f64();
         self.metrics.disk_backend_commit_duration_seconds.observe(took);
-        tracing::debug!(index, ?reason, took, records = cut.dirty.records.len(), "checkpoint is durable");
+        tracing::debug!(
+            index,
+            ?reason,
+            took,
+            records = cut.dirty.records.len(),
+            "checkpoint is durable"
+        );
+        if let Some(storage) = &self.storage {
+            let size = i64::try_from(storage.size_on_disk()?).unwrap_or(i64::MAX);
+            self.metrics.mvcc_db_total_size_in_bytes.set(size);
+        }
         if reason == CutReason::Snapshot {
             self.metrics.debugging_snap_save_total_duration_seconds.observe(took);
             tracing::info!(snapshot_index = index, "saved snapshot");
@@ -243,13 +249,37 @@ impl CheckpointThread {
         Ok(())
     }
 
-    fn try_write(&mut self, cut: &Cut) -> Result<(), StorageError> {
-        let Some(storage) = self.storage.as_deref_mut() else {
-            return Err(StorageError::full("the store could not be opened again"));
-        };
-        records::write(storage, cut)?;
-        let size = storage.size_on_disk()?;
-        self.metrics.mvcc_db_total_size_in_bytes.set(i64::try_from(size).unwrap_or(i64::MAX));
+    /// Nothing is lost while the disk is full: the log holds what the checkpoint lacks,
+    /// and no write that takes space is admitted.
+    fn retry_while_full(
+        &mut self,
+        mut attempt: impl FnMut(&mut Self) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
+        while let Err(error) = attempt(self) {
+            if !error.is_full() {
+                return Err(error);
+            }
+            self.storage = None;
+            if !self.full.swap(true, Ordering::AcqRel) {
+                tracing::error!(%error, "the checkpoint's disk is full: writes that take space are refused until it has space again");
+            }
+            if self.stopping.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            std::thread::sleep(FULL_RETRY);
+        }
+        Ok(())
+    }
+
+    /// Writes everything there is into the next checkpoint, which then counts.
+    fn rewrite(&mut self) -> Result<(), StorageError> {
+        let mut next = self.generations.begin()?;
+        let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
+        records::write(next.as_mut(), &image)?;
+        self.storage = None;
+        self.generations.switch()?;
+        self.storage = Some(next);
+        tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
         Ok(())
     }
 }

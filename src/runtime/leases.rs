@@ -146,7 +146,6 @@ impl LeaseDuty {
         }
     }
 
-
     fn take_over(&self) {
         self.clock.expiry.lock().promote();
         let mut after = i64::MIN;

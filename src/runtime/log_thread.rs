@@ -72,8 +72,12 @@ impl LogThread {
             }
             if let Some(number) = persisted {
                 let stats = self.log.sync()?;
-                self.metrics.disk_wal_fsync_duration_seconds.observe(stats.fsync_duration.as_secs_f64());
-                self.metrics.disk_wal_write_duration_seconds.observe(stats.write_duration.as_secs_f64());
+                self.metrics
+                    .disk_wal_fsync_duration_seconds
+                    .observe(stats.fsync_duration.as_secs_f64());
+                self.metrics
+                    .disk_wal_write_duration_seconds
+                    .observe(stats.write_duration.as_secs_f64());
                 let written = i64::try_from(stats.bytes).unwrap_or(i64::MAX);
                 self.metrics.disk_wal_write_bytes_total.add(written);
                 // The raft thread stops before this one does; then nobody waits.

@@ -10,15 +10,19 @@
 //! Numbers are big-endian, so records are in revision order.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::RwLock;
 use prost::Message;
+
+use super::pins::Pins;
 
 use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
-use crate::state::{Cut, Restored};
-use crate::storage::{Batch, MAX_BATCH_BYTES, MAX_BATCH_KEYS, Storage, StorageError, Table};
+use crate::state::{Cut, Restored, StateMachine};
+use crate::storage::{Batch, Storage, StorageError, Table};
 
 /// The key of the one record in the table Head.
 pub const HEAD: &[u8] = b"head";
@@ -40,12 +44,11 @@ pub enum RecoverError {
 }
 
 /// The key of an MVCC record.
-pub fn key(revision: Revision) -> [u8; 16] {
-    let mut key = [0; 16];
-    let (main, sub) = key.split_at_mut(8);
-    main.copy_from_slice(&revision.main.to_be_bytes());
-    sub.copy_from_slice(&revision.sub.to_be_bytes());
-    key
+pub fn key(revision: Revision) -> Bytes {
+    let mut key = Vec::with_capacity(16);
+    key.extend_from_slice(&revision.main.to_be_bytes());
+    key.extend_from_slice(&revision.sub.to_be_bytes());
+    Bytes::from(key)
 }
 
 fn revision(key: &[u8]) -> Option<Revision> {
@@ -69,52 +72,82 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
 pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
-    let mut batch = Batch::default();
+    let mut batch = Batch::new();
     for (revision, tombstone, kv) in &cut.dirty.records {
-        batch.put(Table::Mvcc, &key(*revision), &value(*tombstone, kv));
-        if batch.len() >= MAX_BATCH_KEYS || batch.size_bytes() >= MAX_BATCH_BYTES {
+        batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));
+        if batch.is_full() {
             storage.write(std::mem::take(&mut batch))?;
         }
     }
     for (id, lease) in &cut.dirty.leases {
+        let id = Bytes::copy_from_slice(&id.to_be_bytes());
         match lease {
-            Some(lease) => batch.put(Table::Lease, &id.to_be_bytes(), &lease.encode_to_vec()),
-            None => batch.delete(Table::Lease, &id.to_be_bytes()),
+            Some(lease) => batch.put(Table::Lease, id, lease.encode_to_vec()),
+            None => batch.delete(Table::Lease, id),
         }
     }
     for member in &cut.members {
-        batch.put(Table::Member, &member.id.to_be_bytes(), &member.encode_to_vec());
+        let id = Bytes::copy_from_slice(&member.id.to_be_bytes());
+        batch.put(Table::Member, id, member.encode_to_vec());
     }
-    batch.put(Table::Head, HEAD, &cut.head.encode_to_vec());
+    batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
     storage.write(batch)?;
     storage.sync()?;
-    for removed in cut.dirty.removed.chunks(MAX_BATCH_KEYS) {
-        let mut batch = Batch::default();
-        for revision in removed {
-            batch.delete(Table::Mvcc, &key(*revision));
-        }
-        storage.write(batch)?;
-    }
-    Ok(())
+    delete(storage, cut.dirty.removed.iter().map(|revision| key(*revision)))
 }
 
-/// Reads the checkpoint back; `None` when there is none yet.
+fn delete(
+    storage: &mut dyn Storage,
+    keys: impl Iterator<Item = Bytes>,
+) -> Result<(), StorageError> {
+    let mut batch = Batch::new();
+    for key in keys {
+        batch.delete(Table::Mvcc, key);
+        if batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { storage.write(batch) }
+}
+
+/// Everything the state holds, as a cut: what a new checkpoint begins with. Goes through
+/// the state in steps of `keys_per_step` keys, between which it may move on.
+///
+/// What has changed since the last cut is in here, and in the next cut once more, which
+/// does no harm either.
+pub fn image(state: &RwLock<StateMachine>, pins: &Arc<Pins>, keys_per_step: usize) -> Cut {
+    let (mut cut, mut records, _pin) = {
+        let state = state.read();
+        let records = state.store().records_cut();
+        let pin = pins.pin(records.floor());
+        (state.image_without_records(), records, pin)
+    };
+    while !records.step(state.read().store(), keys_per_step) {}
+    cut.dirty.records = records.into_records();
+    cut
+}
+
+/// Reads the checkpoint back.
 ///
 /// Records above the head's revision are leftovers of a checkpoint that was cut
 /// short. They are deleted: the log is about to make them again.
 ///
 /// # Errors
 /// The store fails, or holds something that is not a checkpoint.
-pub fn recover(storage: &mut dyn Storage) -> Result<Option<Restored>, RecoverError> {
-    let Some(head) = storage.get(Table::Head, HEAD)? else { return Ok(None) };
+pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
+    let head = storage.get(Table::Head, HEAD)?.ok_or_else(|| RecoverError::Record {
+        table: Table::Head,
+        reason: "it is empty".to_owned(),
+    })?;
     let head: CheckpointHead = decode(Table::Head, head)?;
     let mut mvcc = Vec::new();
     let mut leftovers = Vec::new();
     for (key, mut value) in all(storage, Table::Mvcc)? {
-        let bad = |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
+        let bad =
+            |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
         let revision = revision(&key).ok_or_else(|| bad("its key is no revision"))?;
         if revision.main > head.revision {
-            leftovers.push(key);
+            leftovers.push(Bytes::from(key));
             continue;
         }
         if value.is_empty() {
@@ -123,30 +156,27 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Option<Restored>, RecoverErr
         let tombstone = value.split_to(1).first() == Some(&1);
         mvcc.push((revision, tombstone, value));
     }
-    for keys in leftovers.chunks(MAX_BATCH_KEYS) {
-        let mut batch = Batch::default();
-        for key in keys {
-            batch.delete(Table::Mvcc, key);
-        }
-        storage.write(batch)?;
-    }
-    let store = Store::restore(mvcc.into_iter(), head.revision, head.compact_revision)
+    delete(storage, leftovers.into_iter())?;
+    let store = Store::restore(mvcc, head.revision, head.compact_revision)
         .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;
     let leases: Vec<Lease> = decode_all(storage, Table::Lease)?;
-    Ok(Some(Restored { head, members, leases, store }))
+    Ok(Restored { head, members, leases, store })
 }
 
 fn all(storage: &dyn Storage, table: Table) -> Result<Vec<(Vec<u8>, Bytes)>, StorageError> {
     let mut found = Vec::new();
-    storage.scan(table, &mut |key, value| {
+    storage.scan(table, b"", b"", &mut |key, value| {
         found.push((key.to_vec(), value));
         ControlFlow::Continue(())
     })?;
     Ok(found)
 }
 
-fn decode_all<M: Message + Default>(storage: &dyn Storage, table: Table) -> Result<Vec<M>, RecoverError> {
+fn decode_all<M: Message + Default>(
+    storage: &dyn Storage,
+    table: Table,
+) -> Result<Vec<M>, RecoverError> {
     all(storage, table)?.into_iter().map(|(_, value)| decode(table, value)).collect()
 }
 

@@ -13,13 +13,17 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use super::checkpoint_thread::Reopen;
 use super::records::{self, RecoverError};
-use crate::log::{Identity, Log, LogError, LogStore, MemoryDisk, MemoryLog, Options, Recovered, SEGMENT_BYTES_DEFAULT};
+use crate::log::{
+    Identity, Log, LogError, LogStore, MemoryDisk, MemoryLog, Options, Recovered,
+    SEGMENT_BYTES_DEFAULT,
+};
 use crate::raft::{Configuration, Start};
 use crate::state::StateMachine;
 use crate::state::members::{Members, member_id};
-use crate::storage::{MemoryStorage, SledStorage, Storage, StorageError};
+use crate::storage::{
+    DiskGenerations, Generations, MemoryGenerations, MemoryStorage, Storage, StorageError,
+};
 
 /// What decides who a new member is.
 #[derive(Debug, Clone)]
@@ -60,8 +64,8 @@ pub struct Recovery {
     pub log: Box<dyn LogStore>,
     /// The checkpoint store.
     pub storage: Box<dyn Storage>,
-    /// Opens the store again.
-    pub reopen: Reopen,
+    /// Makes the next checkpoint store.
+    pub generations: Box<dyn Generations>,
     /// This member's and its cluster's ids.
     pub identity: Identity,
     /// Whether the member was made just now.
@@ -131,24 +135,32 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 return Err(OpenError::ForeignData(data_dir.clone()));
             }
             make_directory(&member_dir, "data-dir")?;
-            let store_dir = member_dir.join("ckpt-1");
-            let mut storage = SledStorage::open(&store_dir)?;
-            let recovered = records::recover(&mut storage)?;
-            let is_new = recovered.is_none();
-            let state = match recovered {
-                Some(restored) => StateMachine::restore(restored),
-                None => first_checkpoint(bootstrap, &mut storage)?,
+            let (mut generations, mut storage, is_new) = DiskGenerations::open(&member_dir)?;
+            let state = if is_new {
+                let state = first_checkpoint(bootstrap, &mut storage)?;
+                generations.switch()?;
+                state
+            } else {
+                StateMachine::restore(records::recover(&mut storage)?)
             };
             let identity = identity(&state);
             let applied = state.applied().index;
             if applied > 0 && !Log::exists(&log_dir)? {
-                return Err(OpenError::LogMissing { log: log_dir, data: data_dir.clone(), applied });
+                return Err(OpenError::LogMissing {
+                    log: log_dir,
+                    data: data_dir.clone(),
+                    applied,
+                });
             }
             if wal_dir.is_some() {
                 make_directory(&log_dir, "wal-dir")?;
             }
-            let options =
-                Options { dir: log_dir, segment_bytes: SEGMENT_BYTES_DEFAULT, fsync: *fsync, identity };
+            let options = Options {
+                dir: log_dir,
+                segment_bytes: SEGMENT_BYTES_DEFAULT,
+                fsync: *fsync,
+                identity,
+            };
             let (log, recovered) = Log::open(options)?;
             if let Some(repaired) = &recovered.repaired {
                 tracing::warn!("repaired the raft log: {repaired}");
@@ -158,7 +170,7 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 state,
                 log: Box::new(log),
                 storage: Box::new(storage),
-                reopen: Box::new(move || Ok(Box::new(SledStorage::open(&store_dir)?))),
+                generations: Box::new(generations),
                 identity,
                 is_new,
             })
@@ -167,7 +179,7 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
 }
 
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
-    let mut storage = MemoryStorage::default();
+    let mut storage = MemoryStorage::new();
     let state = first_checkpoint(bootstrap, &mut storage)?;
     let identity = identity(&state);
     let (log, recovered) = MemoryLog::open(&MemoryDisk::new(identity));
@@ -176,7 +188,7 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
         state,
         log: Box::new(log),
         storage: Box::new(storage),
-        reopen: Box::new(|| Ok(Box::new(MemoryStorage::default()))),
+        generations: Box::new(MemoryGenerations),
         identity,
         is_new: true,
     })

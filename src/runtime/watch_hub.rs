@@ -128,9 +128,23 @@ struct Published {
     changes: Arc<[Change]>,
 }
 
+/// What may wait for the reader of one stream.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    responses: usize,
+    bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { responses: STREAM_RESPONSES, bytes: STREAM_BYTES }
+    }
+}
+
 /// What all ends of the hub share.
 #[derive(Debug, Default)]
 struct Shared {
+    limits: Limits,
     /// Someone has something for the hub.
     wake: Notify,
     closed: AtomicBool,
@@ -190,9 +204,16 @@ pub struct HubHandle {
 impl HubHandle {
     /// Opens a stream without watchers. On a closed hub, a stream that has ended.
     pub fn open_stream(&self) -> WatchStream {
-        let id = StreamId(self.shared.next_stream.fetch_add(1, Ordering::Relaxed));
+        let (stream, hub_end) = self.new_stream();
+        // Fails when the hub has ended; then the stream's ends find each other gone.
+        let _ = self.control.send(Control::Open(hub_end));
+        self.shared.wake.notify_one();
+        stream
+    }
+
+    fn new_stream(&self) -> (WatchStream, HubEnd) {
         let gate = Arc::new(Gate {
-            stream: id,
+            stream: StreamId(self.shared.next_stream.fetch_add(1, Ordering::Relaxed)),
             responses: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
             blocked: AtomicBool::new(false),
@@ -203,13 +224,11 @@ impl HubHandle {
         let (request_sender, requests) = mpsc::channel(STREAM_REQUESTS);
         // The gate is the bound.
         let (responses, response_receiver) = mpsc::unbounded_channel();
-        // Fails when the hub has ended; then the stream's ends find each other gone.
-        let _ = self.control.send(Control::Open { gate: Arc::clone(&gate), requests, responses });
-        self.shared.wake.notify_one();
-        WatchStream {
+        let stream = WatchStream {
             requests: Requests { queue: request_sender, gate: Arc::clone(&gate) },
-            responses: Responses { queue: response_receiver, gate },
-        }
+            responses: Responses { queue: response_receiver, gate: Arc::clone(&gate) },
+        };
+        (stream, HubEnd { gate, requests, responses })
     }
 
     /// Ends the hub and all streams. Responses that are queued can still be read.
@@ -326,14 +345,20 @@ impl fmt::Debug for Gate {
 }
 
 impl Gate {
-    fn is_below(&self, responses: usize, bytes: usize) -> bool {
-        self.responses.load(Ordering::SeqCst) < responses
-            && self.bytes.load(Ordering::SeqCst) < bytes
+    /// Whether less than one `part`th of what may wait is waiting.
+    fn is_below(&self, part: usize) -> bool {
+        let Limits { responses, bytes } = self.shared.limits;
+        self.responses.load(Ordering::SeqCst) < responses.div_ceil(part)
+            && self.bytes.load(Ordering::SeqCst) < bytes.div_ceil(part)
+    }
+
+    fn has_room(&self) -> bool {
+        self.is_below(1)
     }
 
     /// Whether so much is free that filling it is worth a turn.
     fn is_half_empty(&self) -> bool {
-        self.is_below(STREAM_RESPONSES / 2, STREAM_BYTES / 2)
+        self.is_below(2)
     }
 
     /// Has the hub look at the stream: for its requests, and for the room it has.
@@ -372,7 +397,7 @@ struct Lane {
 
 impl Outbox for Lane {
     fn has_room(&self) -> bool {
-        if self.gate.is_below(STREAM_RESPONSES, STREAM_BYTES) {
+        if self.gate.has_room() {
             return true;
         }
         self.gate.blocked.store(true, Ordering::SeqCst);
@@ -396,14 +421,17 @@ impl Outbox for Lane {
     }
 }
 
+/// The hub's end of a new stream.
+struct HubEnd {
+    gate: Arc<Gate>,
+    requests: mpsc::Receiver<WatchRequest>,
+    responses: mpsc::UnboundedSender<Queued>,
+}
+
 /// What the ends of streams tell the hub. A stream has one message of each kind under way
 /// at most, so the queue is bounded by the number of streams.
 enum Control {
-    Open {
-        gate: Arc<Gate>,
-        requests: mpsc::Receiver<WatchRequest>,
-        responses: mpsc::UnboundedSender<Queued>,
-    },
+    Open(HubEnd),
     Attend(StreamId),
     Close(StreamId),
 }
@@ -434,9 +462,18 @@ pub struct WatchHub<H> {
 impl<H: History + Send> WatchHub<H> {
     /// A hub that starts at the latest revision of `history`, and its two other ends.
     pub fn new(history: H, header: HeaderSource, config: WatchConfig) -> (Self, HubHandle, Feed) {
+        Self::with_limits(history, header, config, Limits::default())
+    }
+
+    fn with_limits(
+        history: H,
+        header: HeaderSource,
+        config: WatchConfig,
+        limits: Limits,
+    ) -> (Self, HubHandle, Feed) {
         let (feed_sender, feed) = mpsc::channel(FEED_MESSAGES);
         let (control_sender, control) = mpsc::unbounded_channel();
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { limits, ..Shared::default() });
         let fragment_bytes = config.max_request_bytes.saturating_add(FRAGMENT_OVERHEAD_BYTES);
         let hub = WatchHub {
             watchers: Watchers::new(history.revision(), fragment_bytes),
@@ -492,7 +529,7 @@ impl<H: History + Send> WatchHub<H> {
     fn attend(&mut self) -> bool {
         for _ in 0..TURN_STREAMS {
             match self.control.try_recv() {
-                Ok(Control::Open { gate, requests, responses }) => {
+                Ok(Control::Open(HubEnd { gate, requests, responses })) => {
                     let (stream, header) = (gate.stream, Arc::clone(&self.header));
                     let lane = Lane { queue: responses, gate, header };
                     self.watchers.open(stream, lane.clone());
@@ -548,8 +585,7 @@ impl<H: History + Send> WatchHub<H> {
     fn drain_feed(&mut self) -> bool {
         let mut batch: Vec<Published> = Vec::new();
         let (mut changes, mut bytes) = (0, 0);
-        let position = self.watchers.position();
-        let mut through = position;
+        let mut through = self.watchers.position();
         let drained = loop {
             if changes >= TURN_CHANGES || bytes >= TURN_BYTES {
                 break false;
@@ -564,12 +600,8 @@ impl<H: History + Send> WatchHub<H> {
             }
         };
         if !batch.is_empty() {
-            let mut after = position;
-            let fresh = batch.iter().flat_map(|message| {
-                let seen = std::mem::replace(&mut after, message.revision);
-                message.changes.iter().filter(move |change| change.revision.main > seen)
-            });
-            self.watchers.deliver(fresh, through);
+            let changes = batch.iter().flat_map(|message| message.changes.iter());
+            self.watchers.deliver(changes, through);
         }
         if !drained {
             return true;

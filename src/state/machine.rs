@@ -323,7 +323,19 @@ impl StateMachine {
 
     /// Takes away what changed since the last cut.
     pub fn cut(&mut self) -> Cut {
-        let head = CheckpointHead {
+        let dirty = std::mem::take(&mut self.dirty);
+        Cut { head: self.head(), members: self.members.records(), dirty }
+    }
+
+    /// Everything but the records, as a cut. Takes nothing away.
+    pub fn image_without_records(&self) -> Cut {
+        let leases = self.lessor.iter().map(|lease| (lease.id(), Some(lease.to_record())));
+        let dirty = Dirty { leases: leases.collect(), rest: true, ..Dirty::default() };
+        Cut { head: self.head(), members: self.members.records(), dirty }
+    }
+
+    fn head(&self) -> CheckpointHead {
+        CheckpointHead {
             applied_index: self.applied.index,
             applied_term: self.applied.term,
             revision: self.store.revision(),
@@ -332,8 +344,7 @@ impl StateMachine {
             member_id: self.member_id,
             cluster_version: self.cluster_version.clone(),
             alarms: self.alarms(AlarmType::None),
-        };
-        Cut { head, members: self.members.records(), dirty: std::mem::take(&mut self.dirty) }
+        }
     }
 
     fn compact(&mut self, revision: i64) -> Outcome {

@@ -55,7 +55,8 @@ impl Members {
             client_urls: Vec::new(),
             is_learner: false,
         });
-        let members: BTreeMap<u64, MemberRecord> = records.map(|record| (record.id, record)).collect();
+        let members: BTreeMap<u64, MemberRecord> =
+            records.map(|record| (record.id, record)).collect();
         let ids: Vec<u64> = members.keys().copied().collect();
         Members { cluster_id: cluster_id(&ids), members }
     }

@@ -11,6 +11,4 @@ pub mod machine;
 pub mod members;
 pub mod txn;
 
-pub use machine::{
-    Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine,
-};
+pub use machine::{Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine};

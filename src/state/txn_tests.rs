@@ -869,6 +869,11 @@ proptest! {
         prop_assert_eq!(scan.finish(), expected);
     }
 
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
     #[test]
     fn a_long_sorted_range_keeps_the_right_rows(
         values in prop::collection::vec(0..50_u8, SORT_SLACK_ROWS..2 * SORT_SLACK_ROWS),

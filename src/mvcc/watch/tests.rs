@@ -544,6 +544,85 @@ fn the_same_steps_give_the_same_responses() {
     assert!(run(7) == run(7));
 }
 
+/// The same with the real store as history, which forgets what was compacted.
+#[test]
+fn the_store_is_a_history_to_watch() {
+    let mut seen = Seen::default();
+    for seed in 0..40 {
+        println!("seed {seed}");
+        let mut random = Random::new(seed);
+        let (mut store, mut past) = (Store::new(), Past::new());
+        let mut watchers = Watchers::new(1, FRAGMENT_BYTES);
+        let mailbox = Mailbox::with_capacity(8);
+        let mut client = Client::default();
+        watchers.open(STREAM, mailbox.clone());
+        for _ in 0..400 {
+            match random.below(12) {
+                0..=4 => {
+                    let mut write = store.write();
+                    let key =
+                        |random: &mut Random| Bytes::from(["a", "aa", "b", "c"][random.below(4)]);
+                    if random.one_in(3) {
+                        let (from, to) = (key(&mut random), key(&mut random));
+                        write.delete_range(&KeyRange::from_wire(from, to));
+                    } else {
+                        write.put(key(&mut random), random.below(1000).to_string().into(), 0);
+                    }
+                    let (revision, changes) = write.commit();
+                    if past.revision == watchers.position() && !random.one_in(3) {
+                        watchers.deliver(&changes, revision);
+                    }
+                    past.revision = revision;
+                    past.all.extend(changes);
+                }
+                5 if random.one_in(4) => {
+                    let revision = past.revision - random.below(past.revision as usize) as i64;
+                    if store.compact(revision).is_ok() {
+                        past.compact_revision = revision;
+                    }
+                }
+                6 => {
+                    store.compact_step(i64::MAX, 3);
+                }
+                7 if mailbox.has_room() => {
+                    let request = create_at_random(&mut random, past.revision);
+                    client.creates(&request);
+                    watchers.create(STREAM, request, store.revision());
+                }
+                8 => {
+                    watchers.advance(&store);
+                }
+                9 => {
+                    watchers.catch_up(&store);
+                }
+                _ => {
+                    for response in mailbox.take_all() {
+                        client.got(response, &past);
+                    }
+                    if mailbox.unblock() {
+                        watchers.room(STREAM);
+                    }
+                }
+            }
+        }
+        while watchers.advance(&store)
+            | watchers.catch_up(&store)
+            | !mailbox.0.borrow().responses.is_empty()
+        {
+            for response in mailbox.take_all() {
+                client.got(response, &past);
+            }
+            if mailbox.unblock() {
+                watchers.room(STREAM);
+            }
+        }
+        client.finished(&past, store.revision());
+        seen.add(client.seen);
+    }
+    println!("{seen:?}");
+    assert!(seen.events > 5000 && seen.compacted > 20);
+}
+
 // One thing at a time.
 
 struct Bench {

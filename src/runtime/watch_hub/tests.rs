@@ -32,6 +32,10 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(600);
 
 impl Member {
     fn start(seed: u64) -> Member {
+        Member::with_limits(seed, Limits::default())
+    }
+
+    fn with_limits(seed: u64, limits: Limits) -> Member {
         let past = Arc::new(Mutex::new(Past::new()));
         let header: HeaderSource = Arc::new(|revision| ResponseHeader {
             cluster_id: 7,
@@ -41,7 +45,7 @@ impl Member {
         });
         let config =
             WatchConfig { progress_interval: PROGRESS_INTERVAL, max_request_bytes: 3 << 19, seed };
-        let (hub, handle, feed) = WatchHub::new(Arc::clone(&past), header, config);
+        let (hub, handle, feed) = WatchHub::with_limits(Arc::clone(&past), header, config, limits);
         tokio::spawn(hub.run());
         Member { past, hub: handle, feed }
     }
@@ -191,6 +195,31 @@ async fn a_queue_is_bounded_by_bytes_too() {
     assert_eq!(read_through(&mut slow, 101).await, Vec::from_iter(2..=101));
 }
 
+#[test]
+fn a_full_queue_calls_the_hub_once_when_half_of_it_is_read() {
+    let (control_sender, mut control) = mpsc::unbounded_channel();
+    let handle = HubHandle { control: control_sender, shared: Arc::default() };
+    let (WatchStream { requests: _requests, mut responses }, hub_end) = handle.new_stream();
+    let header: HeaderSource = Arc::new(|_| ResponseHeader::default());
+    let lane = Lane { queue: hub_end.responses, gate: hub_end.gate, header };
+    for _ in 0..3 {
+        while lane.has_room() {
+            lane.push(WatchResponse::default());
+        }
+        for left in (0..STREAM_RESPONSES).rev() {
+            assert!(control.try_recv().is_err(), "{left} are enough to read");
+            responses.try_recv().unwrap();
+            if left < STREAM_RESPONSES / 2 {
+                break;
+            }
+        }
+        assert!(matches!(control.try_recv(), Ok(Control::Attend(_))));
+        while responses.try_recv().is_some() {}
+        assert!(control.try_recv().is_err(), "once is enough");
+        lane.gate.attention.store(false, Ordering::SeqCst);
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn requests_wait_while_answers_are_not_read() {
     let member = Member::start(6);
@@ -308,7 +337,11 @@ async fn watches_are_what_they_promise_with_everyone_at_work() {
     for seed in 0..30 {
         println!("seed {seed}");
         let mut random = Random::new(seed);
-        let member = Member::start(seed);
+        let limits = match random.below(3) {
+            0 => Limits::default(),
+            _ => Limits { responses: 1 + random.below(20), bytes: 300 + random.below(10_000) },
+        };
+        let member = Member::with_limits(seed, limits);
         let mut clients: Vec<(WatchStream, Client)> = Vec::new();
         for _ in 0..400 {
             match random.below(12) {
@@ -400,4 +433,40 @@ async fn watches_are_what_they_promise_with_everyone_at_work() {
         assert!(count > 10, "all of it happened");
     }
     assert!(events > 10_000 && dropped > 0);
+}
+
+/// The hub, the apply thread and the readers on threads of their own: no wake-up is lost
+/// between them. A lost one would leave this test waiting for ever. The queues are so
+/// small that they are full, empty, or about to be, all the time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn nobody_sleeps_through_a_wake_up() {
+    let member = Member::with_limits(11, Limits { responses: 2, bytes: 1 << 20 });
+    let mut readers = Vec::new();
+    let last = 20_000;
+    for _ in 0..4 {
+        let mut stream = member.watch(watch("a", 1)).await;
+        readers.push(tokio::spawn(async move {
+            let mut next = 2;
+            while next <= last {
+                for revision in revisions(&stream.responses.recv().await.unwrap()) {
+                    assert_eq!(revision, next);
+                    next += 1;
+                }
+            }
+        }));
+    }
+    let apply = std::thread::spawn(move || {
+        while member.revision() < last {
+            member.put("a", b"");
+            // Let the hub come so far that there is something to lose.
+            if member.revision() % 3 == 0 {
+                std::thread::yield_now();
+            }
+        }
+        member
+    });
+    for reader in readers {
+        reader.await.unwrap();
+    }
+    apply.join().unwrap();
 }

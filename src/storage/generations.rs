@@ -1,0 +1,212 @@
+//! Which of a member's checkpoints counts.
+//!
+//! A checkpoint that is to be replaced as a whole (to give its space back, or because
+//! its disk had failed it) is not changed in place: the next one is filled beside it,
+//! synced, and then named in the file `CURRENT`, which is replaced atomically.
+//!
+//! ```text
+//! member/CURRENT     "ckpt-3\n"
+//! member/ckpt-3/     counts
+//! member/ckpt-4/     being filled; a crash now leaves it behind, and it is removed
+//! ```
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use super::{MemoryStorage, SledStorage, Storage, StorageError};
+
+/// The file that names the checkpoint that counts.
+const CURRENT: &str = "CURRENT";
+
+/// Makes the checkpoint after the current one.
+pub trait Generations: Send {
+    /// An empty checkpoint, which does not count yet. One that was begun and not made
+    /// to count is gone.
+    ///
+    /// # Errors
+    /// Like opening a storage.
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError>;
+
+    /// The checkpoint begun last counts from now on, durably; it must be synced, and the
+    /// one before it no longer in use.
+    ///
+    /// # Errors
+    /// The one before still counts.
+    fn switch(&mut self) -> Result<(), StorageError>;
+}
+
+/// Checkpoints below a member's directory.
+#[derive(Debug)]
+pub struct DiskGenerations {
+    member_dir: PathBuf,
+    number: u64,
+}
+
+impl DiskGenerations {
+    /// Opens the checkpoint that counts, or begins the first one, which counts once
+    /// [`Generations::switch`] was called; `true` says that this is the case.
+    /// Leftovers of others are removed.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub fn open(member_dir: &Path) -> Result<(DiskGenerations, SledStorage, bool), StorageError> {
+        let mut generations = DiskGenerations { member_dir: member_dir.to_owned(), number: 0 };
+        let current = member_dir.join(CURRENT);
+        let named = match fs::read_to_string(&current) {
+            Ok(text) => Some(text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(generations.io("read CURRENT", error)),
+        };
+        if let Some(text) = &named {
+            let number =
+                text.trim_end().strip_prefix("ckpt-").and_then(|number| number.parse().ok());
+            generations.number = number.ok_or_else(|| StorageError::Foreign {
+                dir: member_dir.to_owned(),
+                detail: format!("its file {CURRENT} does not name a checkpoint"),
+            })?;
+        }
+        generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
+        let is_new = named.is_none();
+        if is_new {
+            let storage = SledStorage::open(&generations.dir(1))?;
+            return Ok((generations, storage, true));
+        }
+        let dir = generations.dir(generations.number);
+        if !dir.is_dir() {
+            let detail = format!("{CURRENT} names it, and it is missing");
+            return Err(StorageError::Damaged { dir, detail });
+        }
+        let storage = SledStorage::open(&dir)?;
+        Ok((generations, storage, false))
+    }
+
+    fn dir(&self, number: u64) -> PathBuf {
+        self.member_dir.join(format!("ckpt-{number}"))
+    }
+
+    fn remove_others(&self) -> io::Result<()> {
+        let keep = self.dir(self.number);
+        for entry in fs::read_dir(&self.member_dir)? {
+            let path = entry?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if name.is_some_and(|name| name.starts_with("ckpt-")) && path != keep {
+                fs::remove_dir_all(&path)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn io(&self, action: &'static str, source: io::Error) -> StorageError {
+        StorageError::Io { dir: self.member_dir.clone(), action, source }
+    }
+
+    fn write_current(&self, number: u64) -> io::Result<()> {
+        let temporary = self.member_dir.join(format!("{CURRENT}.tmp"));
+        let mut file = File::create(&temporary)?;
+        file.write_all(format!("ckpt-{number}\n").as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, self.member_dir.join(CURRENT))?;
+        File::open(&self.member_dir)?.sync_all()
+    }
+}
+
+impl Generations for DiskGenerations {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.remove_others().map_err(|error| self.io("remove a leftover", error))?;
+        Ok(Box::new(SledStorage::open(&self.dir(self.number + 1))?))
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        let next = self.number + 1;
+        self.write_current(next).map_err(|error| self.io("replace CURRENT", error))?;
+        self.number = next;
+        if let Err(error) = self.remove_others() {
+            // It does not count any more; the next start tries again.
+            tracing::warn!(%error, "cannot remove the checkpoint that was replaced");
+        }
+        Ok(())
+    }
+}
+
+/// Checkpoints in memory: each is as good as the last.
+#[derive(Debug, Default)]
+pub struct MemoryGenerations;
+
+impl Generations for MemoryGenerations {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        Ok(Box::new(MemoryStorage::new()))
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Batch, Table};
+    use super::*;
+
+    fn put(storage: &mut dyn Storage, value: &'static str) {
+        let mut batch = Batch::new();
+        batch.put(Table::Head, &b"k"[..], value);
+        storage.write(batch).expect("write");
+        storage.sync().expect("sync");
+    }
+
+    fn value(storage: &dyn Storage) -> Vec<u8> {
+        storage.get(Table::Head, b"k").expect("get").expect("a value").to_vec()
+    }
+
+    #[test]
+    fn a_checkpoint_counts_from_the_switch_on() {
+        let dir = tempfile::tempdir().expect("a directory");
+        {
+            let (_, mut storage, is_new) = DiskGenerations::open(dir.path()).expect("open");
+            assert!(is_new);
+            put(&mut storage, "never counted");
+        }
+        {
+            let (mut generations, mut storage, is_new) =
+                DiskGenerations::open(dir.path()).expect("open");
+            assert!(is_new, "the first one never counted");
+            assert!(storage.get(Table::Head, b"k").expect("get").is_none());
+            put(&mut storage, "first");
+            drop(storage);
+            generations.switch().expect("switch");
+        }
+        {
+            let (mut generations, storage, is_new) =
+                DiskGenerations::open(dir.path()).expect("open");
+            assert!(!is_new);
+            assert_eq!(value(&storage), b"first");
+            put(generations.begin().expect("begin").as_mut(), "left behind");
+        }
+        {
+            let (mut generations, storage, _) = DiskGenerations::open(dir.path()).expect("open");
+            assert_eq!(value(&storage), b"first");
+            let mut next = generations.begin().expect("begin");
+            put(next.as_mut(), "second");
+            drop((storage, next));
+            generations.switch().expect("switch");
+        }
+        let (_, storage, _) = DiskGenerations::open(dir.path()).expect("open");
+        assert_eq!(value(&storage), b"second");
+        let names = fs::read_dir(dir.path()).expect("the directory");
+        let checkpoints = names.filter(|entry| {
+            entry
+                .as_ref()
+                .is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("ckpt-"))
+        });
+        assert_eq!(checkpoints.count(), 1);
+    }
+
+    #[test]
+    fn a_missing_checkpoint_is_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join(CURRENT), "ckpt-7\n").expect("write");
+        let error = DiskGenerations::open(dir.path()).err().expect("it is missing").to_string();
+        assert!(error.contains("ckpt-7"), "{error}");
+    }
+}
