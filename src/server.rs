@@ -16,6 +16,7 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -325,6 +326,7 @@ impl Member {
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
         start.pre_vote = config.pre_vote;
+        start.catch_up_entries = config.snapshot_catchup_entries;
         let applied = state.applied();
         tracing::info!(
             member_id = format!("{:x}", identity.member_id),
@@ -343,7 +345,6 @@ impl Member {
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
-        let previous_snapshot = start.start.index;
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let node = Node::new(start).map_err(|error| Fatal::new(error.to_string()))?;
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
@@ -431,11 +432,11 @@ impl Member {
             state: Arc::clone(&state),
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
-            raft: raft_sender.clone(),
+            log: log_sender.clone(),
             busy,
             full: Arc::clone(&full),
             catch_up_entries: config.snapshot_catchup_entries,
-            previous_snapshot,
+            snapshots: VecDeque::new(),
             stopping,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
