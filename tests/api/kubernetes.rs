@@ -2,7 +2,7 @@
 //! it takes for granted about the answers.
 
 use kvorum::pb::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
-use kvorum::pb::etcdserverpb::range_request::SortTarget;
+use kvorum::pb::etcdserverpb::range_request::SortOrder;
 use kvorum::pb::etcdserverpb::{
     Compare, PutRequest, RangeRequest, RangeResponse, StatusRequest, WatchCreateRequest,
 };
@@ -370,7 +370,7 @@ async fn a_streamed_list_is_the_list_in_pieces() {
 #[tokio::test]
 async fn a_streamed_list_has_no_sort_orders_or_filters() {
     let rig = start().await;
-    let sorted = RangeRequest { sort_target: SortTarget::Mod.into(), ..list_request(PODS) };
+    let sorted = RangeRequest { sort_order: SortOrder::Descend.into(), ..list_request(PODS) };
     refused(
         rig.kv().range_stream(sorted).await,
         Code::Unimplemented,
