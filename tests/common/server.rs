@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How often a condition outside this process is looked at.
 const POLL: Duration = Duration::from_millis(5);
 /// How much of a failing server's log is printed, in bytes.
-const LOG_SHOWN_BYTES: u64 = 16 * 1024;
+const LOG_SHOWN_BYTES: u64 = 4 * 1024;
 
 /// A single-node server on ports of its own, with a data directory that goes
 /// away with it. Dropping it kills it; if the test is failing, its log is
@@ -84,7 +84,7 @@ impl TestServer {
         }
     }
 
-    /// Waits for `GET /health` to answer 200.
+    /// Waits for `GET /health` to answer 200, alarms aside.
     ///
     /// # Panics
     ///
@@ -92,7 +92,8 @@ impl TestServer {
     pub(crate) fn wait_until_healthy(&mut self) {
         let address = self.client_address();
         let started = Instant::now();
-        while !http::get(&address, "/health").is_ok_and(|answer| answer.status == 200) {
+        let path = "/health?exclude=NOSPACE&exclude=CORRUPT";
+        while !http::get(&address, path).is_ok_and(|answer| answer.status == 200) {
             if let Some(status) = self.exit_status() {
                 panic!("{} ended with {status} before it was healthy", self.program.display());
             }

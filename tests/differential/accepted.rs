@@ -23,5 +23,13 @@ pub(crate) const DECODE_ERROR_TEXT: Accepted = Accepted {
              from the protobuf library.",
 };
 
+/// Words of a JSON library.
+pub(crate) const JSON_ERROR_TEXT: Accepted = Accepted {
+    name: "json-error-text",
+    reason: "The gateway answers a body that is not the request in JSON with etcd's status and code, \
+             and another text: it comes from the JSON library.",
+};
+
 /// All of them.
-pub(crate) const ACCEPTED: &[&Accepted] = &[&PREV_KV_COMPACTED, &DECODE_ERROR_TEXT];
+pub(crate) const ACCEPTED: &[&Accepted] =
+    &[&PREV_KV_COMPACTED, &DECODE_ERROR_TEXT, &JSON_ERROR_TEXT];

@@ -52,6 +52,9 @@ pub(crate) struct Watches {
     /// How much of it is from before the reference watcher.
     log_before: usize,
     reference: i64,
+    /// The revision up to which all watchers of the present are known to have
+    /// everything.
+    settled: i64,
 }
 
 /// One stream on each server.
@@ -65,7 +68,8 @@ struct Watcher {
     request: WatchCreateRequest,
     /// The first revision it is to see.
     first: i64,
-    /// The compacted revision when it was created.
+    /// The revision, and the compacted revision, when it was created.
+    born: i64,
     compacted: i64,
     /// How much of the log was looked at, and how many events of it are its own.
     looked_at: usize,
@@ -106,6 +110,7 @@ impl Watches {
             log_before: log.len(),
             log,
             reference: 0,
+            settled: 0,
         };
         let everything = WatchCreateRequest {
             key: Bytes::from_static(b"\0"),
@@ -210,6 +215,20 @@ impl Watches {
         same(|| "progress of watchers that were ahead of time".to_owned(), left, right).map(drop)
     }
 
+    /// Whether progress to `revision` would not tell that all watchers of the
+    /// present have caught up: one was created at that revision, and the progress
+    /// may answer a request from before it.
+    pub(crate) fn may_lag(&self, revision: i64) -> bool {
+        let mut past =
+            self.present.watchers.values().filter(|watcher| watcher.first <= watcher.born);
+        past.any(|watcher| watcher.born >= revision)
+    }
+
+    /// Whether all watchers of the present are known to have caught up.
+    pub(crate) fn settled(&self) -> bool {
+        !self.may_lag(self.settled)
+    }
+
     /// Waits until every watcher has all events up to the current revision, then
     /// compares what they got.
     pub(crate) async fn settle(&mut self, known: &Known) -> Result<(), Mismatch> {
@@ -228,7 +247,9 @@ impl Watches {
         }
         self.present.settle(&self.log).await?;
         self.ahead.settle(&self.log).await?;
-        self.present.barrier(known.revision).await
+        self.present.barrier(known.revision).await?;
+        self.settled = known.revision;
+        Ok(())
     }
 
     /// The end of the streams: nothing may have come that was not asked for.
@@ -251,7 +272,7 @@ impl Watcher {
     fn new(request: WatchCreateRequest, created: &WatchResponse, compacted: i64) -> Watcher {
         let now = created.header.as_ref().map_or(0, |header| header.revision);
         let first = if request.start_revision > 0 { request.start_revision } else { now + 1 };
-        Watcher { request, first, compacted, looked_at: 0, expected: 0, compared: 0 }
+        Watcher { request, first, born: now, compacted, looked_at: 0, expected: 0, compared: 0 }
     }
 
     fn wants(&self, event: &Event) -> bool {

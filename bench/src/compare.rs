@@ -1,0 +1,403 @@
+//! etcd and kvorum in turns.
+//!
+//! Measurements come in groups; each group starts a server with an empty
+//! directory, measures, and stops it. Within a round every group runs on one server
+//! and at once on the other, and who goes first changes with the round, so what slows
+//! the machine for a while slows both. The table has medians over the rounds.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::args::Args;
+use crate::process;
+use crate::report::{micros, milliseconds, saturated};
+use crate::workload::{self, Kind, Load, Outcome};
+
+/// How long a server may take to start.
+const START_PATIENCE: Duration = Duration::from_secs(30);
+/// How often a starting server is tried.
+const START_POLL: Duration = Duration::from_millis(2);
+/// How long a server is left alone before its idle memory is looked at.
+const IDLE: Duration = Duration::from_secs(1);
+/// Keys of the large group, and bytes of their values.
+const LARGE_KEYS: usize = 100_000;
+const LARGE_VALUE_BYTES: usize = 1_024;
+
+/// A measurement: its row in a table, and one value per round.
+struct Row {
+    name: String,
+    sides: [Vec<Sample>; 2],
+}
+
+/// What one round measured.
+#[derive(Clone)]
+enum Sample {
+    Run(Box<Outcome>),
+    Startup(Duration),
+    Memory(u64),
+}
+
+struct Plan {
+    programs: [PathBuf; 2],
+    directory: PathBuf,
+    rounds: usize,
+    seconds: f64,
+    only: String,
+}
+
+/// A server that is killed when it goes out of scope.
+struct Server {
+    child: Child,
+    endpoint: String,
+    directory: PathBuf,
+    startup: Duration,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may be gone already, and its directory with it.
+        let _killed = self.child.kill();
+        let _reaped = self.child.wait();
+        let _removed = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// `kvorum-bench compare`.
+pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
+    let plan = Plan {
+        programs: [
+            args.text("etcd", "target/judge/etcd").into(),
+            args.text("kvorum", "target/release/kvorum").into(),
+        ],
+        directory: args.text("dir", "target/bench").into(),
+        rounds: args.number("rounds", 3)?.max(1),
+        seconds: args.real("seconds", 5.0)?,
+        only: args.text("only", ""),
+    };
+    args.finish()?;
+    std::fs::create_dir_all(&plan.directory)?;
+    let mut table: BTreeMap<usize, Row> = BTreeMap::new();
+    for round in 0..plan.rounds {
+        for group in [Group::Put, Group::Small, Group::Large] {
+            if !group.name().contains(&plan.only) {
+                continue;
+            }
+            let order = if round.is_multiple_of(2) { [0, 1] } else { [1, 0] };
+            for side in order {
+                let name = if side == 0 { "etcd" } else { "kvorum" };
+                eprintln!("round {} of {}, {}, {name}", round + 1, plan.rounds, group.name());
+                let rows = group.measure(&plan, side).await.map_err(|error| {
+                    format!("{} on {}: {error}", group.name(), plan.programs[side].display())
+                })?;
+                for (index, (name, sample)) in rows.into_iter().enumerate() {
+                    let row = table
+                        .entry(group as usize * 100 + index)
+                        .or_insert_with(|| Row { name, sides: [Vec::new(), Vec::new()] });
+                    row.sides[side].push(sample);
+                }
+            }
+        }
+    }
+    println!("{}", header(&plan));
+    println!("{}", rendered(table.values()));
+    Ok(())
+}
+
+/// Measurements that share a server.
+#[derive(Clone, Copy)]
+enum Group {
+    Put,
+    Small,
+    Large,
+}
+
+impl Group {
+    fn name(self) -> &'static str {
+        match self {
+            Group::Put => "put",
+            Group::Small => "small",
+            Group::Large => "large",
+        }
+    }
+
+    async fn measure(
+        self,
+        plan: &Plan,
+        side: usize,
+    ) -> Result<Vec<(String, Sample)>, Box<dyn Error>> {
+        let server = Server::start(plan, side).await?;
+        let pid = server.child.id();
+        let load = |kind: Kind, clients: usize| Load {
+            kind,
+            endpoint: server.endpoint.clone(),
+            clients,
+            conns: clients.div_ceil(10),
+            duration: Duration::from_secs_f64(plan.seconds),
+            total: None,
+            keys: 10_000,
+            key_size: 32,
+            val_size: 256,
+            limit: 500,
+            serializable: false,
+            watchers: 1_000,
+        };
+        let mut rows = Vec::new();
+        let mut runs: Vec<(&str, Load)> = Vec::new();
+        match self {
+            Group::Put => {
+                rows.push(("start to first put".to_owned(), Sample::Startup(server.startup)));
+                tokio::time::sleep(IDLE).await;
+                rows.push(("memory, idle".to_owned(), Sample::memory(pid)?));
+                runs.push(("put, 1 client", load(Kind::Put, 1)));
+                runs.push(("put, 10 clients", load(Kind::Put, 10)));
+                runs.push(("put, 100 clients", load(Kind::Put, 100)));
+                runs.push(("put, 1,000 clients", load(Kind::Put, 1_000)));
+            }
+            Group::Small => {
+                workload::run(&load(Kind::Load, 100), None).await?;
+                runs.push(("get, linearizable, 100 clients", load(Kind::Range, 100)));
+                let serializable = Load { serializable: true, ..load(Kind::Range, 100) };
+                runs.push(("get, serializable, 100 clients", serializable));
+                runs.push(("compare and put, 100 clients", load(Kind::TxnUpdate, 100)));
+                runs.push(("as Kubernetes mixes, 100 clients", load(Kind::Kubernetes, 100)));
+                runs.push(("lease keepalive, 100 clients", load(Kind::KeepAlive, 100)));
+                let watch = Load { conns: 10, ..load(Kind::Watch, 1) };
+                runs.push(("put to 1,000 watchers", watch));
+            }
+            Group::Large => {
+                let large = |kind, clients| Load {
+                    keys: LARGE_KEYS,
+                    val_size: LARGE_VALUE_BYTES,
+                    ..load(kind, clients)
+                };
+                workload::run(&large(Kind::Load, 100), None).await?;
+                rows.push(("memory, 100,000 keys of 1 KiB".to_owned(), Sample::memory(pid)?));
+                runs.push(("list 500 of 100,000, 10 clients", large(Kind::List, 10)));
+                runs.push(("list all 100,000, 1 client", large(Kind::ListAll, 1)));
+                runs.push(("get, 100,000 keys, 100 clients", large(Kind::Range, 100)));
+            }
+        }
+        for (name, load) in runs {
+            let outcome = workload::run(&load, Some(pid)).await?;
+            if outcome.errors > 0 {
+                let first = outcome.first_error.unwrap_or_default();
+                return Err(format!("{name}: {} errors, the first: {first}", outcome.errors).into());
+            }
+            rows.push((name.to_owned(), Sample::Run(Box::new(outcome))));
+        }
+        if matches!(self, Group::Large) {
+            let name = "memory, after the lists".to_owned();
+            rows.push((name, Sample::memory(pid)?));
+        }
+        Ok(rows)
+    }
+}
+
+impl Sample {
+    fn memory(pid: u32) -> Result<Sample, String> {
+        let bytes = process::resident_bytes(pid);
+        bytes.map(Sample::Memory).ok_or_else(|| format!("process {pid} has gone"))
+    }
+}
+
+impl Server {
+    async fn start(plan: &Plan, side: usize) -> Result<Server, Box<dyn Error>> {
+        let [client, peer] = free_ports()?;
+        let directory = plan.directory.join(format!("server-{client}"));
+        std::fs::create_dir_all(&directory)?;
+        let log = File::create(directory.join("log"))?;
+        let [client_url, peer_url] = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
+        let program: &Path = &plan.programs[side];
+        let begun = Instant::now();
+        let child = Command::new(program)
+            .args(["--name", "bench", "--data-dir"])
+            .arg(directory.join("data"))
+            .args(["--listen-client-urls", &client_url, "--advertise-client-urls", &client_url])
+            .args(["--listen-peer-urls", &peer_url, "--initial-advertise-peer-urls", &peer_url])
+            .args(["--initial-cluster", &format!("bench={peer_url}")])
+            .args(["--quota-backend-bytes", "8589934592", "--log-level", "error"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .map_err(|error| format!("{} does not start: {error}", program.display()))?;
+        let endpoint = format!("127.0.0.1:{client}");
+        let mut server = Server { child, endpoint, directory, startup: Duration::ZERO };
+        while let Err(error) = workload::first_put(&server.endpoint).await {
+            if let Some(status) = server.child.try_wait()? {
+                let log = std::fs::read_to_string(server.directory.join("log"))?;
+                return Err(format!("{} ended with {status}:\n{log}", program.display()).into());
+            }
+            if begun.elapsed() > START_PATIENCE {
+                return Err(format!("{} does not answer: {error}", program.display()).into());
+            }
+            tokio::time::sleep(START_POLL).await;
+        }
+        server.startup = begun.elapsed();
+        Ok(server)
+    }
+}
+
+/// Two ports nobody listens on.
+fn free_ports() -> std::io::Result<[u16; 2]> {
+    let listeners = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
+    let [client, peer] = &listeners;
+    Ok([client.local_addr()?.port(), peer.local_addr()?.port()])
+}
+
+fn header(plan: &Plan) -> String {
+    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = processor.lines().find_map(|line| line.strip_prefix("model name"));
+    let model =
+        model.map_or("unknown processor", |model| model.trim_start_matches([' ', '\t', ':']));
+    let processors = std::thread::available_parallelism().map_or(0, usize::from);
+    let versions = plan.programs.each_ref().map(|program| version(program));
+    format!(
+        "{} against {} on {processors} x {model}; the generator shares the machine. Medians of {} \
+         rounds of {} s; in parentheses the lowest and the highest.\n",
+        versions[1], versions[0], plan.rounds, plan.seconds
+    )
+}
+
+fn version(program: &Path) -> String {
+    let output = Command::new(program).arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let text = text.unwrap_or_default();
+    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    format!("{name} ({})", text.lines().next().unwrap_or("unknown version"))
+}
+
+fn rendered<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
+    let mut throughput = String::from(
+        "| | etcd /s | kvorum /s | ratio | etcd p50, p99 ms | kvorum p50, p99 ms | etcd CPU µs | kvorum CPU µs |\n\
+         |---|---|---|---|---|---|---|---|\n",
+    );
+    let mut amounts = String::from("| | etcd | kvorum | ratio |\n|---|---|---|---|\n");
+    for row in rows {
+        let [etcd, kvorum] = &row.sides;
+        if matches!(etcd.first(), Some(Sample::Run(_))) {
+            let [etcd, kvorum] = [etcd, kvorum].map(|samples| Summary::of(samples));
+            throughput.push_str(&format!(
+                "| {} | {} | {} | {:.2} | {} | {} | {} | {} |\n",
+                row.name,
+                etcd.rates,
+                kvorum.rates,
+                kvorum.rate / etcd.rate,
+                etcd.latencies,
+                kvorum.latencies,
+                etcd.cpu,
+                kvorum.cpu
+            ));
+        } else {
+            let [etcd, kvorum] = [etcd, kvorum].map(|samples| amount(samples));
+            let ratio = kvorum.0 / etcd.0;
+            amounts
+                .push_str(&format!("| {} | {} | {} | {ratio:.2} |\n", row.name, etcd.1, kvorum.1));
+        }
+    }
+    format!("{throughput}\n{amounts}")
+}
+
+/// The rounds of one measurement on one server.
+struct Summary {
+    rate: f64,
+    rates: String,
+    latencies: String,
+    cpu: String,
+}
+
+impl Summary {
+    fn of(samples: &[Sample]) -> Summary {
+        let runs: Vec<&Outcome> = samples
+            .iter()
+            .filter_map(|sample| match sample {
+                Sample::Run(outcome) => Some(outcome.as_ref()),
+                _ => None,
+            })
+            .collect();
+        let rates: Vec<f64> = runs.iter().map(|run| run.rate()).collect();
+        let rate = median(&rates);
+        let [low, high] =
+            [f64::min, f64::max].map(|choose| rates.iter().copied().reduce(choose).unwrap_or(0.0));
+        let mark = if runs.iter().any(|run| saturated(run)) { " *" } else { "" };
+        let [p50, p99] = [50.0, 99.0].map(|percent| {
+            let all: Vec<f64> =
+                runs.iter().map(|run| run.latencies.percentile(percent).as_secs_f64()).collect();
+            milliseconds(Duration::from_secs_f64(median(&all)))
+        });
+        let cpu: Vec<f64> = runs
+            .iter()
+            .filter_map(|run| Some(micros(run.server_cpu?, run.latencies.count())))
+            .collect();
+        Summary {
+            rate,
+            rates: format!("{} ({}–{}){mark}", number(rate), number(low), number(high)),
+            latencies: format!("{p50}, {p99}"),
+            cpu: number(median(&cpu)),
+        }
+    }
+}
+
+fn amount(samples: &[Sample]) -> (f64, String) {
+    let values: Vec<f64> = samples
+        .iter()
+        .map(|sample| match sample {
+            Sample::Startup(time) => time.as_secs_f64() * 1e3,
+            Sample::Memory(bytes) => *bytes as f64 / f64::from(1 << 20),
+            Sample::Run(outcome) => outcome.rate(),
+        })
+        .collect();
+    let unit = if matches!(samples.first(), Some(Sample::Memory(_))) { "MiB" } else { "ms" };
+    let middle = median(&values);
+    (middle, format!("{} {unit}", number(middle)))
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    match values.len() {
+        0 => f64::NAN,
+        length if length.is_multiple_of(2) => (values[middle - 1] + values[middle]) / 2.0,
+        _ => values[middle],
+    }
+}
+
+/// With thousands separated, and a digit after the point when there is room.
+fn number(value: f64) -> String {
+    if !value.is_finite() {
+        return "?".to_owned();
+    }
+    if value.abs() < 100.0 {
+        return format!("{value:.1}");
+    }
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_for_people() {
+        assert_eq!(number(1_234_567.4), "1,234,567");
+        assert_eq!(number(123.4), "123");
+        assert_eq!(number(9.96), "10.0");
+        assert_eq!(number(f64::NAN), "?");
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0]), 2.5);
+    }
+}

@@ -1,0 +1,61 @@
+//! What a process costs, from `/proc`.
+
+use std::fs;
+use std::time::Duration;
+
+/// The kernel reports processor time in hundredths of a second to every program.
+const TICKS_PER_SECOND: u64 = 100;
+
+/// Processor time a process has used, all threads, user and system.
+pub fn cpu(pid: u32) -> Option<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may itself hold spaces and parentheses.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let user: u64 = fields.next()?.parse().ok()?;
+    let system: u64 = fields.next()?.parse().ok()?;
+    Some(Duration::from_millis((user + system) * 1_000 / TICKS_PER_SECOND))
+}
+
+/// Memory a process holds, in bytes.
+pub fn resident_bytes(pid: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
+    Some(kibibytes * 1_024)
+}
+
+/// The process of this machine that listens on `endpoint`'s port.
+pub fn listening_on(endpoint: &str) -> Option<u32> {
+    let (host, port) = endpoint.rsplit_once(':')?;
+    if !["127.0.0.1", "localhost", "[::1]"].contains(&host) {
+        return None;
+    }
+    let port: u16 = port.parse().ok()?;
+    let sockets: Vec<String> = ["/proc/net/tcp", "/proc/net/tcp6"]
+        .iter()
+        .filter_map(|table| fs::read_to_string(table).ok())
+        .flat_map(|table| {
+            let listening = table.lines().filter_map(|line| listener(line, port));
+            listening.collect::<Vec<_>>()
+        })
+        .collect();
+    let processes = fs::read_dir("/proc").ok()?;
+    let mut pids =
+        processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| {
+        let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+        files.flatten().any(|file| {
+            fs::read_link(file.path())
+                .is_ok_and(|target| sockets.iter().any(|socket| target.as_os_str() == &**socket))
+        })
+    })
+}
+
+/// The socket of a line of `/proc/net/tcp` that listens on `port`.
+fn listener(line: &str, port: u16) -> Option<String> {
+    const LISTEN: &str = "0A";
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let local = u16::from_str_radix(fields.get(1)?.rsplit_once(':')?.1, 16).ok()?;
+    (local == port && *fields.get(3)? == LISTEN)
+        .then(|| fields.get(9).map(|inode| format!("socket:[{inode}]")))?
+}
