@@ -231,7 +231,7 @@ pub(crate) struct Watches {
 /// accepted: so the call is still on its way when the first request is sent.
 enum Responses {
     Opening(JoinHandle<Result<tonic::Response<Streaming<WatchResponse>>, Status>>),
-    Open(Streaming<WatchResponse>),
+    Open(Box<Streaming<WatchResponse>>),
 }
 
 /// An event without what most tests do not look at.
@@ -273,7 +273,7 @@ impl Watches {
     pub(crate) async fn next(&mut self) -> WatchResponse {
         if let Responses::Opening(opening) = &mut self.responses {
             let opened = soon("the watch stream to open", opening).await.unwrap().unwrap();
-            self.responses = Responses::Open(opened.into_inner());
+            self.responses = Responses::Open(Box::new(opened.into_inner()));
         }
         let Responses::Open(responses) = &mut self.responses else { panic!("just opened") };
         let response = soon("a watch response", responses.message()).await.unwrap().unwrap();
