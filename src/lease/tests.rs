@@ -5,6 +5,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 
 use super::*;
+use crate::error::Error;
 use crate::pb::leasepb;
 
 const NEVER: Duration = Duration::ZERO;
