@@ -43,7 +43,8 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
-use crate::runtime::watch_hub::{HubHandle, WatchStream};
+use crate::runtime::watch_hub::HubHandle;
+pub use crate::runtime::watch_hub::WatchStream;
 use crate::state::txn::{RangeScan, Step};
 use crate::state::{Response, StateMachine, check, txn};
 
