@@ -43,7 +43,8 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
-use crate::runtime::watch_hub::{HubHandle, WatchStream};
+use crate::runtime::watch_hub::HubHandle;
+pub use crate::runtime::watch_hub::WatchStream;
 use crate::state::txn::{RangeScan, Step};
 use crate::state::{Response, StateMachine, check, txn};
 
@@ -350,7 +351,7 @@ impl Engine {
         let min = lease::min_ttl_secs(limits.heartbeat, limits.election_ticks());
         // One that is too long is refused when it is applied: after an alarm, as in etcd.
         let ttl = request.ttl.max(min);
-        self.reserve(LEASE_GRANT_COST).await?;
+        self.reserve(check::LEASE_COST_BYTES).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };
         let request = LeaseGrantRequest { ttl, id };
         match self.parts.proposer.propose(Request::LeaseGrant(request)).await? {
@@ -735,9 +736,6 @@ impl Engine {
         header.raft_term = self.parts.published.applied_term();
     }
 }
-
-/// What a lease counts against the quota; etcd's value.
-const LEASE_GRANT_COST: u64 = 64;
 
 /// Runs what takes long away from the threads that serve.
 async fn blocking<T: Send + 'static>(

@@ -32,6 +32,7 @@ use crate::api::gateway::{self, GatewayOptions};
 use crate::api::http::{self, AccessControl};
 use crate::api::listener::{self, Listener, ServeOptions, SocketOptions};
 use crate::api::tls::{AutoTls, Side, Tls, TlsError, TlsSettings, TlsVersion};
+use crate::client::Client;
 use crate::config::{AutoCompaction, Config, ConfigErrors, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
@@ -145,9 +146,14 @@ impl Server {
         Ok(Server { engine, client_urls, metrics_urls, router: all, fault, stop, listeners })
     }
 
-    /// The handle for calls that need no socket.
+    /// The handle that speaks etcd's messages, for calls that need no socket.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// The same server as typed calls with decoded answers, for Rust programs.
+    pub fn client(&self) -> Client {
+        Client::new(self.engine.clone())
     }
 
     /// Where clients connect, with the ports that were taken for port 0.
