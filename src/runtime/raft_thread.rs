@@ -102,11 +102,14 @@ impl RaftThread {
         if let Err(error) = self.run_until_stopped() {
             self.fault.raise("raft", error);
         }
-        // What is applied here is the newest there is only as long as this thread runs.
-        self.published.set_lone_leader(false);
-        // Whoever is told nothing any more would wait for ever.
+        // From here on nobody can ask anything. Who asked before and has no answer gets one
+        // from the apply thread when that has come to its end.
+        drop(self.mailbox);
+        self.published.set_stopped();
         let _ = self.log.send(LogTask::Stop);
-        let _ = self.apply.send(ApplyTask::Stop);
+        if self.apply.send(ApplyTask::Stop).is_err() {
+            self.waiters.fail_all(&Error::Stopped);
+        }
     }
 
     fn run_until_stopped(&mut self) -> Result<(), RaftError> {
