@@ -68,6 +68,8 @@ pub(crate) struct Known {
     pub(crate) revision: i64,
     /// The last successful compaction.
     pub(crate) compacted: i64,
+    /// Whether there was one to revision 0.
+    pub(crate) compacted_to_zero: bool,
     /// When to disarm, as an operation's number, and what.
     alarm: Option<(usize, i32)>,
 }
@@ -75,7 +77,7 @@ pub(crate) struct Known {
 impl Known {
     /// A fresh server.
     pub(crate) fn new() -> Known {
-        Known { revision: 1, compacted: 0, alarm: None }
+        Known { revision: 1, compacted: 0, compacted_to_zero: false, alarm: None }
     }
 }
 
