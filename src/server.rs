@@ -41,6 +41,7 @@ use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
 use crate::runtime::fault::{Fatal, Fault};
+use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
@@ -343,6 +344,7 @@ impl Member {
             "starting a member"
         );
         let previous_snapshot = start.start.index;
+        let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let node = Node::new(start).map_err(|error| Fatal::new(error.to_string()))?;
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
         let quota = limits.quota_bytes.unwrap_or(0);
@@ -380,6 +382,9 @@ impl Member {
         let history = StateHistory(Arc::clone(&state));
         let (hub, hub_handle, feed) = WatchHub::new(history, header_source, watch_config);
 
+        let hashes = Arc::new(CompactionHashes::default());
+        let (hash_queue, hash_work) = hashes::hasher(Arc::clone(&state), Arc::clone(&hashes));
+
         let proposer = Arc::new(Proposer::new(
             raft_sender.clone(),
             Arc::clone(&waiters),
@@ -397,6 +402,7 @@ impl Member {
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
             hub: hub_handle.clone(),
+            hashes,
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
@@ -452,6 +458,8 @@ impl Member {
             feed,
             leases: Arc::clone(&leases),
             pins,
+            recovered_index,
+            hashes: hash_queue,
             checkpointer,
             pace: CompactionPace {
                 keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
@@ -484,7 +492,8 @@ impl Member {
             election_timeout: limits.election_timeout,
             metrics,
         };
-        let mut tasks = vec![tokio::spawn(hub.run()), tokio::spawn(duty.run())];
+        let mut tasks =
+            vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
         if let Some(retention) = retention(config) {
             tasks.push(tokio::spawn(auto_compact(engine.clone(), retention)));
         }
