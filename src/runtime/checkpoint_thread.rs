@@ -30,6 +30,7 @@ use tokio::sync::oneshot;
 
 use super::fault::Fault;
 use super::pins::Pins;
+use super::published::Published;
 use super::raft_thread::RaftInput;
 use super::records;
 use crate::metrics::Metrics;
@@ -172,6 +173,8 @@ pub struct CheckpointThread {
     pub tasks: Receiver<CheckpointTask>,
     /// Whom to tell what the log no longer needs to hold.
     pub raft: Sender<RaftInput>,
+    /// Told the checkpoint's size.
+    pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
     pub busy: Arc<AtomicBool>,
     /// Set while the store has no space; writes are refused meanwhile.
@@ -184,7 +187,7 @@ pub struct CheckpointThread {
     pub stopping: Arc<AtomicBool>,
     /// Where a fatal error goes.
     pub fault: Fault,
-    /// Times and sizes.
+    /// Times.
     pub metrics: Arc<Metrics>,
 }
 
@@ -232,8 +235,7 @@ impl CheckpointThread {
             "checkpoint is durable"
         );
         if let Some(storage) = &self.storage {
-            let size = i64::try_from(storage.size_on_disk()?).unwrap_or(i64::MAX);
-            self.metrics.mvcc_db_total_size_in_bytes.set(size);
+            self.published.set_checkpoint_bytes(storage.size_on_disk()?);
         }
         if reason == CutReason::Snapshot {
             self.metrics.debugging_snap_save_total_duration_seconds.observe(took);
@@ -278,6 +280,7 @@ impl CheckpointThread {
         records::write(next.as_mut(), &image)?;
         self.storage = None;
         self.generations.switch()?;
+        self.published.set_checkpoint_bytes(next.size_on_disk()?);
         self.storage = Some(next);
         tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
         Ok(())
