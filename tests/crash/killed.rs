@@ -14,7 +14,7 @@ const ROUNDS: u64 = 12;
 
 /// Flags that decide when checkpoints are made and the log is cut; another set in each
 /// life.
-fn arguments(rng: &mut Rng) -> Vec<String> {
+pub(crate) fn arguments(rng: &mut Rng) -> Vec<String> {
     let count = rng.pick(&[20, 50, 200, 10_000]);
     let kept = rng.pick(&[1, 10, 100, 5_000]);
     vec![

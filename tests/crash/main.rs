@@ -9,6 +9,7 @@
 //! ```
 //!
 //! * [`killed`]: SIGKILL under load, during start-up, in the middle of checkpoints.
+//! * [`power_cut`]: what the block device holds at some moment is all that is left.
 //! * [`history`]: what clients were told and a watcher saw, and the comparison with it.
 
 #![allow(
@@ -22,10 +23,12 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod disk;
 mod history;
 mod killed;
 mod load;
 mod node;
+mod power_cut;
 mod watcher;
 
 use std::str::FromStr;
