@@ -115,12 +115,12 @@ pub(crate) fn unavailable() -> Option<&'static str> {
             return Some("only root can mount".to_owned());
         }
         // Whatever is missing (a kernel module, a device node, a capability) shows here.
-        std::panic::catch_unwind(|| drop((Disk::ext4(32 << 20), Disk::tmpfs(1 << 20))))
-            .err()
-            .map(|panic| match panic.downcast_ref::<String>() {
+        std::panic::catch_unwind(|| drop((Disk::ext4(32 << 20), Disk::tmpfs(1 << 20)))).err().map(
+            |panic| match panic.downcast_ref::<String>() {
                 Some(message) => message.clone(),
                 None => "mounting does not work".to_owned(),
-            })
+            },
+        )
     });
     probed.as_deref()
 }

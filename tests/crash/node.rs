@@ -151,6 +151,10 @@ impl Node {
         self.child.as_mut()?.try_wait().expect("the process can be waited for")
     }
 
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.is_some() && self.exit_status().is_none()
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.as_ref().expect("the server is running").id()
     }
