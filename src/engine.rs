@@ -38,6 +38,7 @@ use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
+use crate::runtime::hashes::{CompactionHashes, KeyValueHash};
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
@@ -112,6 +113,7 @@ pub(crate) struct Parts {
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) hub: HubHandle,
+    pub(crate) hashes: Arc<CompactionHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) fault: Fault,
@@ -344,10 +346,10 @@ impl Engine {
         &self,
         request: LeaseGrantRequest,
     ) -> Result<LeaseGrantResponse, Error> {
-        check::check_lease_grant(&request)?;
         let limits = &self.parts.limits;
         let min = lease::min_ttl_secs(limits.heartbeat, limits.election_ticks());
-        let ttl = lease::granted_ttl_secs(request.ttl, min)?;
+        // One that is too long is refused when it is applied: after an alarm, as in etcd.
+        let ttl = request.ttl.max(min);
         self.reserve(LEASE_GRANT_COST).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };
         let request = LeaseGrantRequest { ttl, id };
@@ -542,23 +544,45 @@ impl Engine {
     /// # Errors
     /// [`Error::Compacted`], [`Error::FutureRevision`].
     pub async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
-        let engine = self.clone();
         let began = Instant::now();
-        let hashed = blocking(move || {
-            let state = engine.parts.state.read();
+        let kept = self.parts.hashes.get(request.revision).await;
+        let KeyValueHash { hash, compact_revision, revision } = match kept {
+            Some(kept) => kept,
+            None => self.hash_keys(request.revision).await?,
+        };
+        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
+        Ok(HashKvResponse {
+            header: Some(self.header()),
+            hash,
+            compact_revision,
+            hash_revision: revision,
+        })
+    }
+
+    /// Works the hash out, in steps between which writes go on.
+    async fn hash_keys(&self, revision: i64) -> Result<KeyValueHash, Error> {
+        let (mut hash, pin) = {
+            let state = self.parts.state.read();
             let store = state.store();
-            let at = if request.revision == 0 { store.revision() } else { request.revision };
+            let at = if revision == 0 { store.revision() } else { revision };
             if at < store.compact_revision() {
                 return Err(Error::Compacted);
             }
             if at > store.revision() {
                 return Err(Error::FutureRevision);
             }
-            Ok((store.hash_kv(at), store.compact_revision(), at))
-        });
-        let (hash, compact_revision, hash_revision) = hashed.await??;
-        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
-        Ok(HashKvResponse { header: Some(self.header()), hash, compact_revision, hash_revision })
+            let hash = store.hash_kv_begin(at);
+            let pin = self.parts.pins.pin(hash.floor());
+            (hash, pin)
+        };
+        let engine = self.clone();
+        blocking(move || {
+            while !hash.step(engine.parts.state.read().store(), KEYS_PER_STEP) {}
+            drop(pin);
+            let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
+            KeyValueHash { hash: hash.finish(), compact_revision, revision }
+        })
+        .await
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted

@@ -16,6 +16,7 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -41,6 +42,7 @@ use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
 use crate::runtime::fault::{Fatal, Fault};
+use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
@@ -324,6 +326,7 @@ impl Member {
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
         start.pre_vote = config.pre_vote;
+        start.catch_up_entries = config.snapshot_catchup_entries;
         let applied = state.applied();
         tracing::info!(
             member_id = format!("{:x}", identity.member_id),
@@ -342,7 +345,7 @@ impl Member {
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
-        let previous_snapshot = start.start.index;
+        let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let node = Node::new(start).map_err(|error| Fatal::new(error.to_string()))?;
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
         let quota = limits.quota_bytes.unwrap_or(0);
@@ -380,6 +383,9 @@ impl Member {
         let history = StateHistory(Arc::clone(&state));
         let (hub, hub_handle, feed) = WatchHub::new(history, header_source, watch_config);
 
+        let hashes = Arc::new(CompactionHashes::default());
+        let (hash_queue, hash_work) = hashes::hasher(Arc::clone(&state), Arc::clone(&hashes));
+
         let proposer = Arc::new(Proposer::new(
             raft_sender.clone(),
             Arc::clone(&waiters),
@@ -397,6 +403,7 @@ impl Member {
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
             hub: hub_handle.clone(),
+            hashes,
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
@@ -425,11 +432,11 @@ impl Member {
             state: Arc::clone(&state),
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
-            raft: raft_sender.clone(),
+            log: log_sender.clone(),
             busy,
             full: Arc::clone(&full),
             catch_up_entries: config.snapshot_catchup_entries,
-            previous_snapshot,
+            snapshots: VecDeque::new(),
             stopping,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
@@ -452,6 +459,8 @@ impl Member {
             feed,
             leases: Arc::clone(&leases),
             pins,
+            recovered_index,
+            hashes: hash_queue,
             checkpointer,
             pace: CompactionPace {
                 keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
@@ -484,7 +493,8 @@ impl Member {
             election_timeout: limits.election_timeout,
             metrics,
         };
-        let mut tasks = vec![tokio::spawn(hub.run()), tokio::spawn(duty.run())];
+        let mut tasks =
+            vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
         if let Some(retention) = retention(config) {
             tasks.push(tokio::spawn(auto_compact(engine.clone(), retention)));
         }

@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
+use super::hashes::{HashJob, HashQueue};
 use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
@@ -71,6 +72,11 @@ pub struct ApplyThread {
     pub leases: Arc<LeaseClock>,
     /// Revisions that readers need.
     pub pins: Arc<Pins>,
+    /// The log's last index when this member started. Compactions up to there were
+    /// hashed in an earlier life, if at all, as in etcd.
+    pub recovered_index: u64,
+    /// Where compactions are hashed.
+    pub hashes: HashQueue,
     /// Where cuts go.
     pub checkpointer: Checkpointer,
     /// How fast to compact.
@@ -200,6 +206,13 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_bytes());
+        if last.index > self.recovered_index {
+            for hash in std::mem::take(&mut effects.compactions) {
+                // Pinned before anything it reads can be removed.
+                let pin = self.pins.pin(hash.floor());
+                self.hashes.push(HashJob { hash, pin });
+            }
+        }
         drop(state);
 
         self.published.set_applied(last.index, last.term);
