@@ -29,7 +29,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::Error;
 use crate::lease;
@@ -118,6 +118,8 @@ pub(crate) struct Parts {
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) fault: Fault,
+    /// Whether the server takes no new work.
+    pub(crate) stopping: watch::Receiver<bool>,
     /// Set while a disk has no space left to give.
     pub(crate) full: Arc<AtomicBool>,
     pub(crate) limits: Limits,
@@ -151,9 +153,7 @@ impl Engine {
     /// [`Error::Compacted`], [`Error::FutureRevision`], or a request etcd refuses.
     pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
         check::check_range(&request)?;
-        if !request.serializable {
-            self.parts.proposer.read_barrier().await?;
-        }
+        self.before_read(request.serializable).await?;
         let began = Instant::now();
         let read = self.read_range(request).await;
         self.parts.metrics.server_range_duration_seconds.observe(read.is_ok(), began.elapsed());
@@ -199,9 +199,7 @@ impl Engine {
         request: RangeRequest,
     ) -> Result<mpsc::Receiver<Result<RangeStreamResponse, Error>>, Error> {
         check::check_range_stream(&request)?;
-        if !request.serializable {
-            self.parts.proposer.read_barrier().await?;
-        }
+        self.before_read(request.serializable).await?;
         let (pieces, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
         let (scan, pin) = {
             let state = self.parts.state.read();
@@ -286,9 +284,7 @@ impl Engine {
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse, Error> {
         check::check_txn(&request, self.parts.limits.max_txn_ops)?;
         let mut response = if check::is_txn_read_only(&request) {
-            if !check::is_txn_serializable(&request) {
-                self.parts.proposer.read_barrier().await?;
-            }
+            self.before_read(check::is_txn_serializable(&request)).await?;
             txn::read_txn(self.parts.state.read().store(), &request)?
         } else {
             if check::txn_has_put(&request) {
@@ -331,7 +327,7 @@ impl Engine {
     /// server.
     ///
     /// # Errors
-    /// [`Error::Stopped`] when something stopped this server for good.
+    /// [`Error::Stopped`].
     pub fn watch(&self) -> Result<WatchStream, Error> {
         self.serializable_check()?;
         Ok(self.parts.hub.open_stream())
@@ -383,8 +379,9 @@ impl Engine {
     /// Begins a lease's time anew. A TTL of 0 in the response: there is no such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`].
+    /// [`Error::NoLeader`], [`Error::Stopped`].
     pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+        self.serializable_check()?;
         let header = self.header();
         let ttl = self.parts.leases.keep_alive(id, &self.parts.proposer).await?;
         if ttl > 0 {
@@ -701,9 +698,25 @@ impl Engine {
     /// Whether this member can serve what it holds.
     ///
     /// # Errors
-    /// [`Error::Stopped`] once something stopped it for good.
+    /// [`Error::Stopped`] once it was shut down, or something stopped it for good.
     pub fn serializable_check(&self) -> Result<(), Error> {
-        self.parts.fault.get().map_or(Ok(()), |_| Err(Error::Stopped))
+        let is_over = *self.parts.published.stopped.borrow() || self.parts.fault.get().is_some();
+        if is_over { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// Becomes true when the server begins to stop: for streams, which would keep it
+    /// waiting.
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.parts.stopping.clone()
+    }
+
+    /// What a read waits for before it reads.
+    async fn before_read(&self, serializable: bool) -> Result<(), Error> {
+        if serializable {
+            self.serializable_check()
+        } else {
+            self.parts.proposer.read_barrier().await
+        }
     }
 
     /// Judges whether a request of this cost fits into the quota. When not, raises the

@@ -16,6 +16,7 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -120,9 +121,15 @@ impl Server {
         let bound = Bound::bind(&config)?;
         let member = Member::start(&config).await?;
         let engine = member.engine.clone();
-        member.ready(&config, &bound).await?;
-
-        let Routers { all, grpc, http, monitoring } = Routers::new(&engine, &config)?;
+        let ready = member.ready(&config, &bound).await;
+        let routers = match ready.and_then(|()| Routers::new(&engine, &config)) {
+            Ok(routers) => routers,
+            Err(error) => {
+                member.stop.finish().await;
+                return Err(error);
+            }
+        };
+        let Routers { all, grpc, http, monitoring } = routers;
         let on_client_port = if bound.http_only.is_empty() { all.clone() } else { grpc };
         let options = serve_options(&config);
         let client_urls: Vec<_> =
@@ -187,10 +194,7 @@ impl Server {
             // A listener's task that panicked serves nobody any more.
             let _ = listener.await;
         }
-        if let Some(threads) = self.stop.take_threads() {
-            // Joining threads blocks; that they panicked is no reason to panic here.
-            let _ = tokio::task::spawn_blocking(move || threads.join()).await;
-        }
+        self.stop.finish().await;
         match self.fault.get() {
             Some(fatal) => Err(fatal),
             None => Ok(()),
@@ -331,6 +335,7 @@ impl Member {
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
         start.pre_vote = config.pre_vote;
+        start.catch_up_entries = config.snapshot_catchup_entries;
         let applied = state.applied();
         tracing::info!(
             member_id = format!("{:x}", identity.member_id),
@@ -349,7 +354,6 @@ impl Member {
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
-        let previous_snapshot = start.start.index;
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let node = Node::new(start).map_err(|error| Fatal::new(error.to_string()))?;
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
@@ -368,6 +372,7 @@ impl Member {
         let (log_sender, log_tasks) = mpsc::channel();
         let (apply_sender, apply_tasks) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
+        let signal = watch::Sender::new(false);
         let busy = Arc::new(AtomicBool::new(false));
         let stopping = Arc::new(AtomicBool::new(false));
 
@@ -412,6 +417,7 @@ impl Member {
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
+            stopping: signal.subscribe(),
             full: Arc::clone(&full),
             limits: limits.clone(),
             versions: Versions { server: ETCD_VERSION, storage: ETCD_STORAGE_VERSION },
@@ -437,16 +443,16 @@ impl Member {
             state: Arc::clone(&state),
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
-            raft: raft_sender.clone(),
+            log: log_sender.clone(),
             busy,
             full: Arc::clone(&full),
             catch_up_entries: config.snapshot_catchup_entries,
-            previous_snapshot,
+            snapshots: VecDeque::new(),
             stopping,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
-        threads.checkpointer = Some(spawn("checkpoint", move || checkpoint_thread.run())?);
+        threads.checkpointer = Some(spawn("checkpoint", &fault, move || checkpoint_thread.run())?);
         let log_thread = LogThread {
             log,
             tasks: log_tasks,
@@ -454,11 +460,11 @@ impl Member {
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
-        threads.front.push(spawn("log", move || log_thread.run())?);
+        threads.front.push(spawn("log", &fault, move || log_thread.run())?);
         let apply_thread = ApplyThread {
             state: Arc::clone(&state),
             tasks: apply_tasks,
-            raft: raft_sender,
+            raft: raft_sender.clone(),
             published: Arc::clone(&published),
             waiters: Arc::clone(&waiters),
             feed,
@@ -475,7 +481,7 @@ impl Member {
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
-        threads.front.push(spawn("apply", move || apply_thread.run())?);
+        threads.front.push(spawn("apply", &fault, move || apply_thread.run())?);
         let raft_thread = RaftThread {
             node,
             mailbox: raft_mailbox,
@@ -488,7 +494,7 @@ impl Member {
             tick: limits.heartbeat,
             member: identity.member_id,
         };
-        threads.front.push(spawn("raft", move || raft_thread.run())?);
+        threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
         let duty = LeaseDuty {
             clock: leases,
@@ -507,8 +513,10 @@ impl Member {
             let directories = std::iter::once(data_dir).chain(wal_dir).collect();
             tasks.push(tokio::spawn(Space { directories, low: full }.watch()));
         }
-        let stop = Stop::new(threads, tasks, hub_handle.clone());
-        tokio::spawn(end_on_fault(fault.clone(), waiters, hub_handle, stop.signal.clone()));
+        let stop = Stop { signal, hub: hub_handle.clone(), tasks, threads: Some(threads) };
+        let end =
+            end_on_fault(fault.clone(), waiters, hub_handle, raft_sender, stop.signal.clone());
+        tokio::spawn(end);
         Ok(Member { engine, published, fault, stop })
     }
 
@@ -525,15 +533,16 @@ impl Member {
     }
 }
 
-/// `--advertise-client-urls`, or for a server whose ports were chosen by the system,
-/// where it really listens.
+/// `--advertise-client-urls`. Nobody can connect to a port 0: instead, the port is told
+/// that the listener of the same place in `--listen-client-urls` was given.
 fn advertised(config: &Config, bound: &Bound) -> Vec<String> {
-    let chosen = config.in_memory;
-    if chosen {
-        bound.clients.iter().map(|listener| listener.local_url().to_string()).collect()
-    } else {
-        config.advertise_client_urls.iter().map(|url| url.as_str().to_owned()).collect()
-    }
+    let ports = bound.clients.iter().map(|listener| listener.local_url().port_or_known_default());
+    let mut ports = ports.chain(std::iter::repeat(None));
+    let urls = config.advertise_client_urls.iter().map(|url| {
+        let port = ports.next().flatten().filter(|_| url.port() == Some(0));
+        port.map_or_else(|| url.clone(), |port| url.with_port(port)).as_str().to_owned()
+    });
+    urls.collect()
 }
 
 fn place(config: &Config) -> Place {
@@ -604,12 +613,15 @@ async fn end_on_fault(
     fault: Fault,
     waiters: Arc<Waiters>,
     hub: HubHandle,
+    raft: mpsc::Sender<RaftInput>,
     stop: watch::Sender<bool>,
 ) {
     let mut stopped = stop.subscribe();
     tokio::select! {
         _ = fault.wait() => {
             hub.close();
+            // It ends the threads that have not, and has all questions refused.
+            let _ = raft.send(RaftInput::Stop);
             waiters.fail_all(&Error::Stopped);
             stop.send_replace(true);
         }
@@ -617,11 +629,34 @@ async fn end_on_fault(
     }
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<ThreadHandle<()>, StartError> {
+/// Starts a thread. Should it panic, the server stops as after any other fatal error.
+fn spawn(
+    name: &'static str,
+    fault: &Fault,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<ThreadHandle<()>, StartError> {
+    let guard = PanicGuard { thread: name, fault: fault.clone() };
+    let run = move || {
+        let _guard = guard;
+        run();
+    };
     std::thread::Builder::new()
         .name(format!("kvorum-{name}"))
         .spawn(run)
         .map_err(StartError::Thread)
+}
+
+struct PanicGuard {
+    thread: &'static str,
+    fault: Fault,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.fault.raise(self.thread, "its thread panicked; please report the panic's message");
+        }
+    }
 }
 
 /// How everything is told to stop.
@@ -633,10 +668,6 @@ struct Stop {
 }
 
 impl Stop {
-    fn new(threads: Threads, tasks: Vec<JoinHandle<()>>, hub: HubHandle) -> Stop {
-        Stop { signal: watch::Sender::new(false), hub, tasks, threads: Some(threads) }
-    }
-
     /// Completes once the stop has begun.
     fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut stopped = self.signal.subscribe();
@@ -650,6 +681,15 @@ impl Stop {
     fn begin(&self) {
         self.signal.send_replace(true);
         self.hub.close();
+    }
+
+    /// Stops everything and waits for it.
+    async fn finish(mut self) {
+        self.begin();
+        if let Some(threads) = self.take_threads() {
+            // Joining threads blocks; that they panicked is no reason to panic here.
+            let _ = tokio::task::spawn_blocking(move || threads.join()).await;
+        }
     }
 
     /// The threads, to be told and joined; `None` the second time.

@@ -25,6 +25,7 @@ use super::published::Published;
 use super::raft_thread::RaftInput;
 use super::waiters::{Answer, Waiters};
 use super::watch_hub::Feed;
+use crate::error::Error;
 use crate::log::{Entry, Mark};
 use crate::metrics::Metrics;
 use crate::pb::kvorumpb::{Command, command::Request};
@@ -106,8 +107,14 @@ struct Decoded {
 }
 
 impl ApplyThread {
-    /// Runs until told to stop, or until an entry cannot be understood.
+    /// Runs until told to stop, or until an entry cannot be understood. Whoever waits then
+    /// is told.
     pub fn run(mut self) {
+        self.run_until_stopped();
+        self.waiters.fail_all(&Error::Stopped);
+    }
+
+    fn run_until_stopped(&mut self) {
         // What was recovered may hold versions that a compaction had yet to remove.
         let mut progress =
             Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() };
