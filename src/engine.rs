@@ -33,11 +33,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::Error;
 use crate::lease;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Op};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
+use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{CompactionHashes, KeyValueHash};
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
@@ -117,6 +118,7 @@ pub(crate) struct Parts {
     pub(crate) hashes: Arc<CompactionHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) gauges: Gauges,
     pub(crate) fault: Fault,
     /// Whether the server takes no new work.
     pub(crate) stopping: watch::Receiver<bool>,
@@ -153,6 +155,14 @@ impl Engine {
     /// [`Error::Compacted`], [`Error::FutureRevision`], or a request etcd refuses.
     pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
         check::check_range(&request)?;
+        let began = Instant::now();
+        let answered = self.range_unchecked(request).await;
+        let durations = &self.parts.metrics.server_request_duration_seconds;
+        durations.observe(Op::Range, answered.is_ok(), began.elapsed());
+        answered
+    }
+
+    async fn range_unchecked(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
         self.before_read(request.serializable).await?;
         let began = Instant::now();
         let read = self.read_range(request).await;
@@ -285,7 +295,11 @@ impl Engine {
         check::check_txn(&request, self.parts.limits.max_txn_ops)?;
         let mut response = if check::is_txn_read_only(&request) {
             self.before_read(check::is_txn_serializable(&request)).await?;
-            txn::read_txn(self.parts.state.read().store(), &request)?
+            let began = Instant::now();
+            let answered = txn::read_txn(self.parts.state.read().store(), &request);
+            let durations = &self.parts.metrics.server_request_duration_seconds;
+            durations.observe(Op::ReadonlyTxn, answered.is_ok(), began.elapsed());
+            answered?
         } else {
             if check::txn_has_put(&request) {
                 self.reserve(check::txn_write_cost(&request)).await?;
@@ -507,7 +521,8 @@ impl Engine {
         }
         errors.extend(alarms.iter().map(alarm_text));
         let in_use = i64::try_from(in_use).unwrap_or(i64::MAX);
-        let on_disk = self.parts.metrics.mvcc_db_total_size_in_bytes.get();
+        let on_disk = self.parts.published.checkpoint_bytes();
+        let on_disk = i64::try_from(on_disk).unwrap_or(i64::MAX);
         let quota = self.parts.limits.quota_bytes.unwrap_or(0);
         Ok(StatusResponse {
             header: Some(self.header()),
@@ -682,9 +697,15 @@ impl Engine {
         &self.parts.limits
     }
 
-    /// The metrics of this server.
+    /// The metrics of this server. Before they are rendered, [`Engine::refresh_metrics`].
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.parts.metrics
+    }
+
+    /// Writes to the metrics what is only known when it is asked for: sizes, revisions,
+    /// watchers, alarms.
+    pub fn refresh_metrics(&self) {
+        self.parts.gauges.refresh();
     }
 
     /// Waits until everything acknowledged before is visible here.

@@ -32,6 +32,7 @@ use tokio::sync::oneshot;
 use super::fault::Fault;
 use super::log_thread::LogTask;
 use super::pins::Pins;
+use super::published::Published;
 use super::records;
 use crate::log::Mark;
 use crate::metrics::Metrics;
@@ -174,6 +175,8 @@ pub struct CheckpointThread {
     pub tasks: Receiver<CheckpointTask>,
     /// Where the log is told what it no longer needs to hold.
     pub log: Sender<LogTask>,
+    /// Told the checkpoint's size.
+    pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
     pub busy: Arc<AtomicBool>,
     /// Set while the store has no space; writes are refused meanwhile.
@@ -187,7 +190,7 @@ pub struct CheckpointThread {
     pub stopping: Arc<AtomicBool>,
     /// Where a fatal error goes.
     pub fault: Fault,
-    /// Times and sizes.
+    /// Times.
     pub metrics: Arc<Metrics>,
 }
 
@@ -235,8 +238,7 @@ impl CheckpointThread {
             "checkpoint is durable"
         );
         if let Some(storage) = &self.storage {
-            let size = i64::try_from(storage.size_on_disk()?).unwrap_or(i64::MAX);
-            self.metrics.mvcc_db_total_size_in_bytes.set(size);
+            self.published.set_checkpoint_bytes(storage.size_on_disk()?);
         }
         if reason == CutReason::Snapshot {
             self.metrics.debugging_snap_save_total_duration_seconds.observe(took);
@@ -291,6 +293,7 @@ impl CheckpointThread {
         records::write(next.as_mut(), &image)?;
         self.storage = None;
         self.generations.switch()?;
+        self.published.set_checkpoint_bytes(next.size_on_disk()?);
         self.storage = Some(next);
         tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
         Ok(())

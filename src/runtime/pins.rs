@@ -38,6 +38,11 @@ impl Pins {
         Pin { pins: Arc::clone(self), revision, since: Instant::now() }
     }
 
+    /// How many readers hold a revision.
+    pub fn readers(&self) -> usize {
+        self.readers.lock().values().sum()
+    }
+
     /// The oldest pinned revision.
     pub fn lowest(&self) -> Option<i64> {
         self.readers.lock().keys().next().copied()
