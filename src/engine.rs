@@ -33,11 +33,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::Error;
 use crate::lease;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Op};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
+use crate::runtime::gauges::Gauges;
+use crate::runtime::hashes::{CompactionHashes, KeyValueHash};
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
@@ -113,8 +115,10 @@ pub(crate) struct Parts {
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) hub: HubHandle,
+    pub(crate) hashes: Arc<CompactionHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) gauges: Gauges,
     pub(crate) fault: Fault,
     /// Whether the server takes no new work.
     pub(crate) stopping: watch::Receiver<bool>,
@@ -151,6 +155,14 @@ impl Engine {
     /// [`Error::Compacted`], [`Error::FutureRevision`], or a request etcd refuses.
     pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
         check::check_range(&request)?;
+        let began = Instant::now();
+        let answered = self.range_unchecked(request).await;
+        let durations = &self.parts.metrics.server_request_duration_seconds;
+        durations.observe(Op::Range, answered.is_ok(), began.elapsed());
+        answered
+    }
+
+    async fn range_unchecked(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
         self.before_read(request.serializable).await?;
         let began = Instant::now();
         let read = self.read_range(request).await;
@@ -283,7 +295,11 @@ impl Engine {
         check::check_txn(&request, self.parts.limits.max_txn_ops)?;
         let mut response = if check::is_txn_read_only(&request) {
             self.before_read(check::is_txn_serializable(&request)).await?;
-            txn::read_txn(self.parts.state.read().store(), &request)?
+            let began = Instant::now();
+            let answered = txn::read_txn(self.parts.state.read().store(), &request);
+            let durations = &self.parts.metrics.server_request_duration_seconds;
+            durations.observe(Op::ReadonlyTxn, answered.is_ok(), began.elapsed());
+            answered?
         } else {
             if check::txn_has_put(&request) {
                 self.reserve(check::txn_write_cost(&request)).await?;
@@ -341,11 +357,11 @@ impl Engine {
         &self,
         request: LeaseGrantRequest,
     ) -> Result<LeaseGrantResponse, Error> {
-        check::check_lease_grant(&request)?;
         let limits = &self.parts.limits;
         let min = lease::min_ttl_secs(limits.heartbeat, limits.election_ticks());
-        let ttl = lease::granted_ttl_secs(request.ttl, min)?;
-        self.reserve(LEASE_GRANT_COST).await?;
+        // One that is too long is refused when it is applied: after an alarm, as in etcd.
+        let ttl = request.ttl.max(min);
+        self.reserve(check::LEASE_COST_BYTES).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };
         let request = LeaseGrantRequest { ttl, id };
         match self.parts.proposer.propose(Request::LeaseGrant(request)).await? {
@@ -505,7 +521,8 @@ impl Engine {
         }
         errors.extend(alarms.iter().map(alarm_text));
         let in_use = i64::try_from(in_use).unwrap_or(i64::MAX);
-        let on_disk = self.parts.metrics.mvcc_db_total_size_in_bytes.get();
+        let on_disk = self.parts.published.checkpoint_bytes();
+        let on_disk = i64::try_from(on_disk).unwrap_or(i64::MAX);
         let quota = self.parts.limits.quota_bytes.unwrap_or(0);
         Ok(StatusResponse {
             header: Some(self.header()),
@@ -540,23 +557,45 @@ impl Engine {
     /// # Errors
     /// [`Error::Compacted`], [`Error::FutureRevision`].
     pub async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
-        let engine = self.clone();
         let began = Instant::now();
-        let hashed = blocking(move || {
-            let state = engine.parts.state.read();
+        let kept = self.parts.hashes.get(request.revision).await;
+        let KeyValueHash { hash, compact_revision, revision } = match kept {
+            Some(kept) => kept,
+            None => self.hash_keys(request.revision).await?,
+        };
+        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
+        Ok(HashKvResponse {
+            header: Some(self.header()),
+            hash,
+            compact_revision,
+            hash_revision: revision,
+        })
+    }
+
+    /// Works the hash out, in steps between which writes go on.
+    async fn hash_keys(&self, revision: i64) -> Result<KeyValueHash, Error> {
+        let (mut hash, pin) = {
+            let state = self.parts.state.read();
             let store = state.store();
-            let at = if request.revision == 0 { store.revision() } else { request.revision };
+            let at = if revision == 0 { store.revision() } else { revision };
             if at < store.compact_revision() {
                 return Err(Error::Compacted);
             }
             if at > store.revision() {
                 return Err(Error::FutureRevision);
             }
-            Ok((store.hash_kv(at), store.compact_revision(), at))
-        });
-        let (hash, compact_revision, hash_revision) = hashed.await??;
-        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
-        Ok(HashKvResponse { header: Some(self.header()), hash, compact_revision, hash_revision })
+            let hash = store.hash_kv_begin(at);
+            let pin = self.parts.pins.pin(hash.floor());
+            (hash, pin)
+        };
+        let engine = self.clone();
+        blocking(move || {
+            while !hash.step(engine.parts.state.read().store(), KEYS_PER_STEP) {}
+            drop(pin);
+            let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
+            KeyValueHash { hash: hash.finish(), compact_revision, revision }
+        })
+        .await
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted
@@ -658,9 +697,15 @@ impl Engine {
         &self.parts.limits
     }
 
-    /// The metrics of this server.
+    /// The metrics of this server. Before they are rendered, [`Engine::refresh_metrics`].
     pub fn metrics(&self) -> &Arc<Metrics> {
         &self.parts.metrics
+    }
+
+    /// Writes to the metrics what is only known when it is asked for: sizes, revisions,
+    /// watchers, alarms.
+    pub fn refresh_metrics(&self) {
+        self.parts.gauges.refresh();
     }
 
     /// Waits until everything acknowledged before is visible here.
@@ -725,9 +770,6 @@ impl Engine {
         header.raft_term = self.parts.published.applied_term();
     }
 }
-
-/// What a lease counts against the quota; etcd's value.
-const LEASE_GRANT_COST: u64 = 64;
 
 /// Runs what takes long away from the threads that serve.
 async fn blocking<T: Send + 'static>(

@@ -9,6 +9,8 @@
 //! etcd_server_has_leader                 →  metrics.server_has_leader.set(1)
 //! ```
 //!
+//! What etcd has no name for begins with `kvorum_`, in the field's name too.
+//!
 //! One [`Metrics`] belongs to one server and is shared as an `Arc`; nothing is
 //! process-global, so several servers in one process keep separate books.
 //!
@@ -36,10 +38,12 @@ use std::time::Duration;
 use parking_lot::RwLock;
 use prometheus::core::Collector;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use prost_reflect::DescriptorPool;
+
+use crate::pb::kvorumpb::command::Request;
 
 /// Values of `client_api_version` kept apart; clients choose that label. Calls of
 /// further versions are counted as `other`.
@@ -297,6 +301,20 @@ metrics! {
     /// Time to send a watch answer with events.
     debugging_server_watch_send_loop_watch_stream_duration_seconds: Histogram = histogram("etcd_debugging_server_watch_send_loop_watch_stream_duration_seconds", exponential(0.001, 14));
 
+    // What etcd does not tell.
+    /// Interval of the leader's heartbeats, in seconds: `--heartbeat-interval`.
+    kvorum_server_heartbeat_interval_seconds: Gauge = float_gauge("kvorum_server_heartbeat_interval_seconds");
+    /// Time without a heartbeat after which a member stands for election, in seconds: `--election-timeout`.
+    kvorum_server_election_timeout_seconds: Gauge = float_gauge("kvorum_server_election_timeout_seconds");
+    /// Entries applied between two raft snapshots: `--snapshot-count`.
+    kvorum_server_snapshot_count: IntGauge = gauge("kvorum_server_snapshot_count");
+    /// Entries kept in the raft log behind a raft snapshot: `--snapshot-catchup-entries`.
+    kvorum_server_snapshot_catchup_entries: IntGauge = gauge("kvorum_server_snapshot_catchup_entries");
+    /// Index of the oldest entry in the raft log.
+    kvorum_raft_log_first_index: IntGauge = gauge("kvorum_raft_log_first_index");
+    /// Times the beginning of the raft log was cut off, because a snapshot holds it.
+    kvorum_raft_log_truncations_total: IntCounter = counter("kvorum_raft_log_truncations_total");
+
     // The scrape itself.
     /// Scrapes by HTTP status.
     promhttp_metric_handler_requests_total: IntCounterVec = counter_vec("promhttp_metric_handler_requests_total", &["code"]);
@@ -427,13 +445,15 @@ impl Metrics {
     }
 
     /// Says who this server is: its versions and its id. `cluster_version` is empty
-    /// while it is not decided; a later call replaces it.
+    /// while it is not decided; a later call replaces it. Its label is `X.Y`, as in etcd.
     pub fn identify(&self, server_version: &str, cluster_version: &str, member_id: u64) {
         self.server_version.with_label_values(&[server_version]).set(1);
         self.server_id.with_label_values(&[hex(member_id)]).set(1);
         self.cluster_version.reset();
         if !cluster_version.is_empty() {
-            self.cluster_version.with_label_values(&[cluster_version]).set(1);
+            let minor = cluster_version.match_indices('.').nth(1).map(|(at, _)| at);
+            let minor = minor.and_then(|at| cluster_version.get(..at)).unwrap_or(cluster_version);
+            self.cluster_version.with_label_values(&[minor]).set(1);
         }
     }
 
@@ -656,6 +676,24 @@ pub enum Op {
     DowngradeInfoSet,
 }
 
+impl From<&Request> for Op {
+    /// What etcd calls the command; those of this server alone count as the one they do
+    /// the work of.
+    fn from(request: &Request) -> Op {
+        match request {
+            Request::Put(_) => Op::Put,
+            Request::DeleteRange(_) => Op::DeleteRange,
+            Request::Txn(_) => Op::Txn,
+            Request::Compaction(_) | Request::AutoCompact(_) => Op::Compaction,
+            Request::LeaseGrant(_) => Op::LeaseGrant,
+            Request::LeaseRevoke(_) | Request::LeaseExpire(_) => Op::LeaseRevoke,
+            Request::LeaseCheckpoint(_) => Op::LeaseCheckpoint,
+            Request::Alarm(_) => Op::Alarm,
+            Request::MemberPublish(_) => Op::ClusterMemberAttrSet,
+        }
+    }
+}
+
 /// The number of [`Op`]s.
 const OPS: usize = Op::DowngradeInfoSet as usize + 1;
 
@@ -769,6 +807,10 @@ fn counter_vec(
 
 fn gauge(r: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
     register(r, IntGauge::new(name, help))
+}
+
+fn float_gauge(r: &Registry, name: &str, help: &str) -> Result<Gauge, prometheus::Error> {
+    register(r, Gauge::new(name, help))
 }
 
 fn gauge_vec(

@@ -16,13 +16,14 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle as ThreadHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -32,7 +33,7 @@ use crate::api::http::{self, AccessControl};
 use crate::api::listener::{self, Listener, ServeOptions, SocketOptions};
 use crate::api::tls::{AutoTls, Side, Tls, TlsError, TlsSettings, TlsVersion};
 use crate::client::Client;
-use crate::config::{AutoCompaction, Config, ConfigErrors, MetricsLevel};
+use crate::config::{AutoCompaction, Config, ConfigErrors, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
 use crate::metrics::Metrics;
@@ -42,6 +43,8 @@ use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
 use crate::runtime::fault::{Fatal, Fault};
+use crate::runtime::gauges::Gauges;
+use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
@@ -333,6 +336,7 @@ impl Member {
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
         start.pre_vote = config.pre_vote;
+        start.catch_up_entries = config.snapshot_catchup_entries;
         let applied = state.applied();
         tracing::info!(
             member_id = format!("{:x}", identity.member_id),
@@ -351,17 +355,19 @@ impl Member {
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
-        let previous_snapshot = start.start.index;
+        let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
+        let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
+        metrics.kvorum_raft_log_first_index.set(first_index);
+        tell_settings(&metrics, config, &limits);
         let node = Node::new(start).map_err(|error| Fatal::new(error.to_string()))?;
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
-        let quota = limits.quota_bytes.unwrap_or(0);
-        metrics.server_quota_backend_bytes.set(i64::try_from(quota).unwrap_or(i64::MAX));
 
         let fault = Fault::default();
         let full = Arc::new(AtomicBool::new(false));
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_bytes());
+        published.set_checkpoint_bytes(storage.size_on_disk().map_err(OpenError::from)?);
         let waiters = Arc::new(Waiters::new(identity.member_id, getrandom::u64()?));
         let leases = Arc::new(LeaseClock::default());
         let pins = Arc::new(Pins::default());
@@ -390,6 +396,9 @@ impl Member {
         let history = StateHistory(Arc::clone(&state));
         let (hub, hub_handle, feed) = WatchHub::new(history, header_source, watch_config);
 
+        let hashes = Arc::new(CompactionHashes::default());
+        let (hash_queue, hash_work) = hashes::hasher(Arc::clone(&state), Arc::clone(&hashes));
+
         let proposer = Arc::new(Proposer::new(
             raft_sender.clone(),
             Arc::clone(&waiters),
@@ -407,8 +416,18 @@ impl Member {
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
             hub: hub_handle.clone(),
+            hashes,
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
+            gauges: Gauges {
+                member: identity.member_id,
+                state: Arc::clone(&state),
+                published: Arc::clone(&published),
+                pins: Arc::clone(&pins),
+                hub: hub_handle.clone(),
+                metrics: Arc::clone(&metrics),
+                seen: Mutex::default(),
+            },
             fault: fault.clone(),
             stopping: signal.subscribe(),
             full: Arc::clone(&full),
@@ -436,11 +455,12 @@ impl Member {
             state: Arc::clone(&state),
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
-            raft: raft_sender.clone(),
+            log: log_sender.clone(),
+            published: Arc::clone(&published),
             busy,
             full: Arc::clone(&full),
             catch_up_entries: config.snapshot_catchup_entries,
-            previous_snapshot,
+            snapshots: VecDeque::new(),
             stopping,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
@@ -463,6 +483,8 @@ impl Member {
             feed,
             leases: Arc::clone(&leases),
             pins,
+            recovered_index,
+            hashes: hash_queue,
             checkpointer,
             pace: CompactionPace {
                 keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
@@ -495,7 +517,8 @@ impl Member {
             election_timeout: limits.election_timeout,
             metrics,
         };
-        let mut tasks = vec![tokio::spawn(hub.run()), tokio::spawn(duty.run())];
+        let mut tasks =
+            vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
         if let Some(retention) = retention(config) {
             tasks.push(tokio::spawn(auto_compact(engine.clone(), retention)));
         }
@@ -566,6 +589,21 @@ fn limits(config: &Config) -> Limits {
         heartbeat: config.heartbeat(),
         election_timeout: config.election(),
         warning_unary_request_duration: config.warning_unary_request_duration,
+    }
+}
+
+/// Settings that show in the metrics.
+fn tell_settings(metrics: &Metrics, config: &Config, limits: &Limits) {
+    let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    metrics.server_quota_backend_bytes.set(signed(limits.quota_bytes.unwrap_or(0)));
+    metrics.kvorum_server_heartbeat_interval_seconds.set(limits.heartbeat.as_secs_f64());
+    metrics.kvorum_server_election_timeout_seconds.set(limits.election_timeout.as_secs_f64());
+    metrics.kvorum_server_snapshot_count.set(signed(config.snapshot_count));
+    metrics.kvorum_server_snapshot_catchup_entries.set(signed(config.snapshot_catchup_entries));
+    for gate in Gate::ALL {
+        let labels = [gate.name(), gate.stage().as_str()];
+        let enabled = config.feature_gates.enabled(*gate);
+        metrics.server_feature_enabled.with_label_values(&labels).set(enabled.into());
     }
 }
 

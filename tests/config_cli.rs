@@ -188,7 +188,8 @@ fn every_sample_file_is_read_without_complaint() {
         }
         let name = path.file_name().unwrap().to_str().unwrap().to_owned();
         match parse(vec![format!("--config-file={}", path.display())]) {
-            Outcome::Run { notices, .. } => {
+            Outcome::Run { config, mut notices } => {
+                notices.extend(config.validate().unwrap());
                 let complaints: Vec<&Notice> = notices
                     .iter()
                     .filter(|notice| {

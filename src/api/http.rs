@@ -73,6 +73,8 @@ pub trait HealthSource: Send + Sync + 'static {
     fn versions(&self) -> Versions;
     /// `raft.status` of `/debug/vars`.
     fn raft_status(&self) -> serde_json::Value;
+    /// Brings those metrics up to date that are only written for a scrape.
+    fn refresh_metrics(&self);
 }
 
 /// What `/version` tells.
@@ -355,11 +357,12 @@ async fn metrics_text<H: HealthSource>(State(endpoints): State<Arc<Endpoints<H>>
             format!("Limit of concurrent requests reached ({MAX_SCRAPES}), try again later.");
         return error(StatusCode::SERVICE_UNAVAILABLE, &text);
     };
-    let metrics = Arc::clone(&endpoints.metrics);
+    let (source, metrics) = (Arc::clone(&endpoints.source), Arc::clone(&endpoints.metrics));
     // Writing a few thousand lines and reading /proc is not for a thread that serves
     // requests.
     let render = tokio::task::spawn_blocking(move || {
         metrics.promhttp_metric_handler_requests_in_flight.inc();
+        source.refresh_metrics();
         let text = metrics.render();
         metrics.promhttp_metric_handler_requests_in_flight.dec();
         drop(slot);

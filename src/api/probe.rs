@@ -47,4 +47,8 @@ impl HealthSource for Engine {
             "raftState": if status.is_leader { "StateLeader" } else { "StateFollower" },
         })
     }
+
+    fn refresh_metrics(&self) {
+        Engine::refresh_metrics(self);
+    }
 }

@@ -26,7 +26,8 @@ pub enum Outcome {
     Run {
         /// The checked configuration.
         config: Box<Config>,
-        /// What the log should say about it.
+        /// What the log should say about where it came from. What there is to say about
+        /// the values, [`Config::validate`] says, and a server that starts logs that.
         notices: Vec<Notice>,
     },
     /// Print this to standard output and exit with 0.
@@ -592,9 +593,8 @@ impl Builder {
                 BTreeMap::from([(config.name.clone(), config.initial_advertise_peer_urls.clone())]);
         }
         let is_new = !exists(&self.config.member_dir());
-        match self.config.validate_from(&self.origins, is_new) {
-            Ok(warnings) => self.notices.extend(warnings),
-            Err(errors) => self.problems.extend(errors.problems),
+        if let Err(errors) = self.config.validate_from(&self.origins, is_new) {
+            self.problems.extend(errors.problems);
         }
         if self.problems.is_empty() {
             return Outcome::Run { config: Box::new(self.config), notices: self.notices };

@@ -24,9 +24,13 @@ fn run_member(args: &[&str], env: &[(&str, &str)], file: Option<&str>, exists: b
     parse_with(args.iter().map(OsString::from), env, read_file, |_| exists)
 }
 
+/// A configuration that is used, and all that the log of its server says about it.
 fn accepted(outcome: Outcome) -> (Config, Vec<Notice>) {
     match outcome {
-        Outcome::Run { config, notices } => (*config, notices),
+        Outcome::Run { config, mut notices } => {
+            notices.extend(config.validate().unwrap());
+            (*config, notices)
+        }
         other => panic!("not accepted: {other:?}"),
     }
 }

@@ -325,7 +325,7 @@ fn a_new_cluster_version_replaces_the_old() {
     let series = series(&metrics.render().unwrap());
     let of =
         |name: &str| -> Vec<&String> { series.keys().filter(|key| name_of(key) == name).collect() };
-    assert_eq!(of("etcd_cluster_version"), [r#"etcd_cluster_version{cluster_version="3.6.0"}"#]);
+    assert_eq!(of("etcd_cluster_version"), [r#"etcd_cluster_version{cluster_version="3.6"}"#]);
     assert_eq!(of("etcd_server_id"), [r#"etcd_server_id{server_id="ff"}"#]);
 }
 

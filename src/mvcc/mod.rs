@@ -161,4 +161,9 @@ impl Change {
     pub fn record(&self) -> Bytes {
         if self.deleted { record::tombstone(&self.key) } else { self.kv.clone() }
     }
+
+    /// The length of the value that was put, in bytes; 0 for a delete.
+    pub fn value_len(&self) -> usize {
+        record::value_len(&self.kv)
+    }
 }

@@ -15,6 +15,7 @@
 
 use bytes::Bytes;
 use prost::Message;
+use prost::encoding::{self, WireType};
 
 use super::chain::Chain;
 use super::store::Store;
@@ -286,6 +287,23 @@ pub(super) fn encode(kv: &KeyValue) -> Bytes {
 pub(super) fn key_within(kv: &Bytes, key_len: usize) -> Bytes {
     let key_start = if key_len == 0 { 0 } else { 1 + prost::length_delimiter_len(key_len) };
     kv.slice(key_start..key_start + key_len)
+}
+
+/// The length of the value of an encoded `KeyValue`, without copying it.
+pub(super) fn value_len(kv: &[u8]) -> usize {
+    const VALUE: u32 = 5;
+    let mut rest = kv;
+    while let Ok((field, wire_type)) = encoding::decode_key(&mut rest) {
+        let Ok(number) = encoding::decode_varint(&mut rest) else { break };
+        if wire_type == WireType::LengthDelimited {
+            let len = usize::try_from(number).unwrap_or(usize::MAX);
+            if field == VALUE {
+                return len;
+            }
+            rest = rest.get(len..).unwrap_or_default();
+        }
+    }
+    0
 }
 
 /// The size of the record of `version`, a version of `key`: revision key and value.

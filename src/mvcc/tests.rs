@@ -891,3 +891,15 @@ fn hash_kv_at_present_is_etcds() {
         assert_eq!(etcd_hash_run(|_, _| 0, free_memory), expected);
     }
 }
+
+#[test]
+fn a_change_knows_how_long_its_value_is() {
+    let mut store = Store::new();
+    let mut write = store.write();
+    write.put("key".into(), vec![5; 300].into(), 7);
+    write.put("empty".into(), Bytes::new(), 7);
+    write.delete_range(&KeyRange::single("key".into()));
+    let (_, changes) = write.commit();
+    let lengths: Vec<usize> = changes.iter().map(Change::value_len).collect();
+    assert_eq!(lengths, [300, 0, 0]);
+}

@@ -10,7 +10,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use prost::Message as _;
@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
+use super::hashes::{HashJob, HashQueue};
 use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
@@ -26,10 +27,11 @@ use super::waiters::{Answer, Waiters};
 use super::watch_hub::Feed;
 use crate::error::Error;
 use crate::log::{Entry, Mark};
-use crate::metrics::Metrics;
-use crate::pb::kvorumpb::{Command, command::Request};
+use crate::metrics::{Metrics, Op};
+use crate::pb::etcdserverpb::{TxnResponse, response_op};
+use crate::pb::kvorumpb::{Command, CommandHeader, command::Request};
 use crate::raft;
-use crate::state::{Effects, Response, StateMachine};
+use crate::state::{Effects, LeaseChange, Outcome, Response, StateMachine};
 
 /// Entries applied under one hold of the write lock.
 const ENTRIES_PER_LOCK: usize = 256;
@@ -72,6 +74,11 @@ pub struct ApplyThread {
     pub leases: Arc<LeaseClock>,
     /// Revisions that readers need.
     pub pins: Arc<Pins>,
+    /// The log's last index when this member started. Compactions up to there were
+    /// hashed in an earlier life, if at all, as in etcd.
+    pub recovered_index: u64,
+    /// Where compactions are hashed.
+    pub hashes: HashQueue,
     /// Where cuts go.
     pub checkpointer: Checkpointer,
     /// How fast to compact.
@@ -92,12 +99,31 @@ struct Progress {
     compact_at: Option<Instant>,
     /// Compactions that are answered once everything is removed.
     physical: Vec<(oneshot::Sender<Answer>, Response)>,
+    /// The removal under way.
+    removal: Option<Removal>,
+}
+
+/// What a compaction has removed so far.
+struct Removal {
+    began: Instant,
+    records: usize,
 }
 
 /// A command, ready to be applied.
 struct Decoded {
     entry: Mark,
     command: Option<Command>,
+}
+
+/// A command that was applied: what it led to, and what is counted about it.
+struct Applied {
+    header: Option<CommandHeader>,
+    physical: bool,
+    outcome: Outcome,
+    op: Option<Op>,
+    took: Duration,
+    /// How many keys it changed.
+    changed: usize,
 }
 
 impl ApplyThread {
@@ -182,24 +208,30 @@ impl ApplyThread {
 
     fn apply_under_lock(&mut self, decoded: &mut VecDeque<Decoded>, progress: &mut Progress) {
         let mut effects = Effects::default();
-        let mut answers = Vec::with_capacity(decoded.len());
+        let mut applied = Vec::with_capacity(decoded.len());
         let mut last = Mark::default();
         let began = Instant::now();
 
         let mut state = self.state.write();
         let revision_before = state.store().revision();
+        let mut held = began.elapsed();
         while let Some(Decoded { entry, command }) = decoded.pop_front() {
             last = entry;
-            match command {
-                Some(command) => {
-                    let header = command.header;
-                    let physical = is_physical_compaction(&command);
-                    let outcome = state.apply(entry, command, &mut effects);
-                    answers.push((header, physical, outcome));
-                }
-                None => state.apply_empty(entry),
-            }
-            if began.elapsed() >= LOCK_HELD_MAX {
+            let Some(command) = command else {
+                state.apply_empty(entry);
+                continue;
+            };
+            let header = command.header;
+            let op = command.request.as_ref().map(Op::from);
+            let physical = is_physical_compaction(&command);
+            let changes_before = effects.changes.len();
+            let outcome = state.apply(entry, command, &mut effects);
+            let changed = effects.changes.len() - changes_before;
+            let now = began.elapsed();
+            let took = now.saturating_sub(held);
+            held = now;
+            applied.push(Applied { header, physical, outcome, op, took, changed });
+            if held >= LOCK_HELD_MAX {
                 break;
             }
         }
@@ -207,21 +239,29 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_bytes());
+        if last.index > self.recovered_index {
+            for hash in std::mem::take(&mut effects.compactions) {
+                // Pinned before anything it reads can be removed.
+                let pin = self.pins.pin(hash.floor());
+                self.hashes.push(HashJob { hash, pin });
+            }
+        }
         drop(state);
 
         self.published.set_applied(last.index, last.term);
-        self.count(&effects, revision, last);
+        self.count(&applied, &effects, last);
         if !effects.changes.is_empty() {
             self.feed.publish(revision_before, revision, Arc::from(effects.changes));
         }
         let took = began.elapsed();
         if took >= self.slow_apply {
             self.metrics.server_slow_apply_total.inc();
-            tracing::warn!(took = ?took, expected = ?self.slow_apply, entries = answers.len(), "apply request took too long");
+            tracing::warn!(took = ?took, expected = ?self.slow_apply, entries = applied.len(), "apply request took too long");
         }
-        for (header, physical, outcome) in answers {
+        for Applied { header, physical, outcome, .. } in applied {
             if matches!(outcome, Ok(Response::Compact(_))) {
                 progress.compact_at = Some(Instant::now());
+                progress.removal.get_or_insert_with(Removal::begin);
             }
             let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else {
                 continue;
@@ -237,12 +277,41 @@ impl ApplyThread {
         self.checkpointer.cut_if_due(&self.state);
     }
 
-    fn count(&self, effects: &Effects, revision: i64, last: Mark) {
-        let puts = effects.changes.iter().filter(|change| !change.deleted).count();
-        self.metrics.mvcc_put_total.inc_by(puts as u64);
-        self.metrics.mvcc_delete_total.inc_by((effects.changes.len() - puts) as u64);
-        self.metrics.debugging_mvcc_current_revision.set(revision);
-        self.metrics.server_proposals_applied_total.set(last.index as i64);
+    /// As etcd counts: keys for puts, operations for deletes.
+    fn count(&self, applied: &[Applied], effects: &Effects, last: Mark) {
+        let metrics = &self.metrics;
+        metrics.server_proposals_applied_total.set(last.index as i64);
+
+        let (mut puts, mut put_bytes) = (0, 0);
+        for change in effects.changes.iter().filter(|change| !change.deleted) {
+            puts += 1;
+            put_bytes += change.key.len() + change.value_len();
+        }
+        metrics.mvcc_put_total.inc_by(puts);
+        metrics.debugging_mvcc_total_put_size_in_bytes.add(put_bytes as i64);
+
+        let mut deletes = 0;
+        for Applied { outcome, op, took, changed, .. } in applied {
+            if let Some(op) = *op {
+                let success = matches!(outcome, Ok(_) | Err(Error::Compacted));
+                metrics.server_apply_duration_seconds.observe(op, success, *took);
+                deletes += match outcome {
+                    Ok(Response::DeleteRange(_)) => 1,
+                    Ok(Response::Txn(response)) => deletes_in(response),
+                    // A lease's keys are deleted one by one.
+                    _ if op == Op::LeaseRevoke => *changed as u64,
+                    _ => 0,
+                };
+            }
+            if let Ok(Response::LeaseGrant(response)) = outcome {
+                metrics.debugging_lease_granted_total.inc();
+                metrics.debugging_lease_ttl_total.observe(response.ttl as f64);
+            }
+        }
+        metrics.mvcc_delete_total.inc_by(deletes);
+        let revoked =
+            effects.leases.iter().filter(|change| matches!(change, LeaseChange::Revoked(_)));
+        metrics.debugging_lease_revoked_total.inc_by(revoked.count() as u64);
     }
 
     /// One step of physical compaction, when it is due.
@@ -253,17 +322,39 @@ impl ApplyThread {
         let began = Instant::now();
         let mut state = self.state.write();
         let floor = self.pins.lowest().unwrap_or(i64::MAX);
+        let waiting = state.dirty().removed.len();
         let done = state.compact_step(floor, self.pace.keys_per_step);
-        self.metrics.debugging_mvcc_compact_revision.set(state.store().compact_revision());
+        let removed = state.dirty().removed.len() - waiting;
+        let compact_revision = state.store().compact_revision();
         drop(state);
-        let pause_ms = began.elapsed().as_secs_f64() * 1e3;
-        self.metrics.debugging_mvcc_db_compaction_pause_duration_milliseconds.observe(pause_ms);
+        let metrics = &self.metrics;
+        metrics
+            .debugging_mvcc_db_compaction_pause_duration_milliseconds
+            .observe(milliseconds(began.elapsed()));
+        metrics.debugging_mvcc_db_compaction_keys_total.inc_by(removed as u64);
+        if removed > 0 {
+            progress.removal.get_or_insert_with(Removal::begin).records += removed;
+        }
         progress.compact_at = (!done).then(|| Instant::now() + self.pace.pause);
         if done {
+            if let Some(Removal { began, records }) = progress.removal.take() {
+                let took = began.elapsed();
+                metrics
+                    .debugging_mvcc_db_compaction_total_duration_milliseconds
+                    .observe(milliseconds(took));
+                metrics.debugging_mvcc_db_compaction_last.set(unix_seconds());
+                tracing::info!(compact_revision, ?took, records, "finished scheduled compaction");
+            }
             for (waiter, response) in progress.physical.drain(..) {
                 drop(waiter.send(Ok(Ok(response))));
             }
         }
+    }
+}
+
+impl Removal {
+    fn begin() -> Removal {
+        Removal { began: Instant::now(), records: 0 }
     }
 }
 
@@ -293,6 +384,25 @@ fn decode(entry: Entry) -> Result<Decoded, CorruptEntry> {
     let command =
         Command::decode(entry.data).map_err(|error| CorruptEntry { index: entry.index, error })?;
     Ok(Decoded { entry: mark, command: Some(command) })
+}
+
+/// Delete operations that a transaction carried out.
+fn deletes_in(response: &TxnResponse) -> u64 {
+    let deletes = response.responses.iter().map(|one| match &one.response {
+        Some(response_op::Response::ResponseDeleteRange(_)) => 1,
+        Some(response_op::Response::ResponseTxn(inner)) => deletes_in(inner),
+        _ => 0,
+    });
+    deletes.sum()
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+fn unix_seconds() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 fn is_physical_compaction(command: &Command) -> bool {

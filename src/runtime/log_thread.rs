@@ -85,6 +85,9 @@ impl LogThread {
             }
             if let Some(to) = truncate {
                 self.log.truncate_prefix(to)?;
+                self.metrics.kvorum_raft_log_truncations_total.inc();
+                let first = i64::try_from(to.index + 1).unwrap_or(i64::MAX);
+                self.metrics.kvorum_raft_log_first_index.set(first);
                 tracing::info!(index = to.index, term = to.term, "compacted Raft logs");
             }
             if stop {

@@ -14,7 +14,7 @@ use super::published::Published;
 use super::raft_thread::RaftInput;
 use super::waiters::Waiters;
 use crate::error::Error;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Op};
 use crate::pb::kvorumpb::{Command, command::Request};
 use crate::state::Response;
 
@@ -58,6 +58,14 @@ impl Proposer {
     /// The command's own error, or that it was not taken, or that nobody knows:
     /// [`Error::is_ambiguous`].
     pub async fn propose(&self, request: Request) -> Result<Response, Error> {
+        let (op, began) = (Op::from(&request), Instant::now());
+        let answered = self.propose_untimed(request).await;
+        let durations = &self.metrics.server_request_duration_seconds;
+        durations.observe(op, answered.is_ok(), began.elapsed());
+        answered
+    }
+
+    async fn propose_untimed(&self, request: Request) -> Result<Response, Error> {
         let deadline = Instant::now() + self.request_timeout();
         let header = self.waiters.next_header();
         let sequence = header.sequence;

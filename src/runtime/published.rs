@@ -23,6 +23,7 @@ pub struct Published {
     committed: AtomicU64,
     lone_leader: AtomicBool,
     size_bytes: AtomicU64,
+    checkpoint_bytes: AtomicU64,
 }
 
 impl Published {
@@ -36,6 +37,7 @@ impl Published {
             committed: AtomicU64::new(applied),
             lone_leader: AtomicBool::new(false),
             size_bytes: AtomicU64::new(0),
+            checkpoint_bytes: AtomicU64::new(0),
         }
     }
 
@@ -64,6 +66,16 @@ impl Published {
     /// Told by the apply thread, and by the server when it starts.
     pub fn set_size(&self, bytes: u64) {
         self.size_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that the checkpoint takes on disk, as of its last write.
+    pub fn checkpoint_bytes(&self) -> u64 {
+        self.checkpoint_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Told by the checkpoint thread, and by the server when it starts.
+    pub fn set_checkpoint_bytes(&self, bytes: u64) {
+        self.checkpoint_bytes.store(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn set_lone_leader(&self, lone_leader: bool) {

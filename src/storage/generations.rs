@@ -256,7 +256,7 @@ mod tests {
     fn a_missing_checkpoint_is_named() {
         let dir = tempfile::tempdir().expect("a directory");
         fs::write(dir.path().join(CURRENT), "ckpt-7\n").expect("write");
-        let error = DiskGenerations::open(dir.path()).err().expect("it is missing").to_string();
+        let error = DiskGenerations::open(dir.path()).expect_err("it is missing").to_string();
         assert!(error.contains("ckpt-7"), "{error}");
     }
 }

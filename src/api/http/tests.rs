@@ -18,6 +18,7 @@ pub(in crate::api) struct FakeSource {
     undecided: AtomicBool,
     alarms: Mutex<Vec<AlarmType>>,
     reads: AtomicUsize,
+    refreshes: AtomicUsize,
 }
 
 impl FakeSource {
@@ -53,6 +54,9 @@ impl HealthSource for FakeSource {
     }
     fn raft_status(&self) -> serde_json::Value {
         json!({ "id": "1", "raftState": "StateLeader" })
+    }
+    fn refresh_metrics(&self) {
+        self.refreshes.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -244,7 +248,7 @@ async fn debug_vars_are_json() {
 async fn metrics_are_served_on_both_ports_and_the_rest_on_one() {
     let Fixture { source, metrics, router } = fixture();
     metrics.server_has_leader.set(1);
-    let other = metrics_router(source, Arc::clone(&metrics), Duration::from_secs(1));
+    let other = metrics_router(Arc::clone(&source), Arc::clone(&metrics), Duration::from_secs(1));
     for router in [&router, &other] {
         let (status, kind, body) = ask(router, "GET", "/metrics").await;
         assert_eq!(status, 200);
@@ -256,6 +260,7 @@ async fn metrics_are_served_on_both_ports_and_the_rest_on_one() {
     }
     let answered = metrics.promhttp_metric_handler_requests_total.with_label_values(&["200"]);
     assert_eq!(answered.get(), 2);
+    assert_eq!(source.refreshes.load(Ordering::Relaxed), 2, "once a scrape");
     assert_eq!(metrics.promhttp_metric_handler_requests_in_flight.get(), 0);
     assert_eq!(get(&router, "/version").await.0, 200);
     for path in ["/version", "/debug/vars", "/v3/kv/range"] {
