@@ -14,7 +14,7 @@ use sources::{Source, library};
 const LEVELS: &[&[&str]] = &[
     &["main", "logging", "systemd"],
     &["server"],
-    &["api"],
+    &["api", "client"],
     &["engine"],
     &["runtime"],
     &["raft", "state"],
