@@ -45,7 +45,7 @@ use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::watch_hub::HubHandle;
-pub use crate::runtime::watch_hub::WatchStream;
+pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::{RangeScan, Step};
 use crate::state::{Response, StateMachine, check, txn};
 
