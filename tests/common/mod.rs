@@ -7,7 +7,9 @@
 //! * [`grpc`]: calls any method of `proto/` with encoded messages, and shows any
 //!   message as JSON.
 //! * [`http`]: an HTTP/1.1 client of a hundred lines.
+//! * [`process`]: any process, with exactly the arguments given.
 //! * [`mask`]: takes out of an answer what two correct servers cannot agree on.
+//! * [`scrape`]: reads `/metrics`.
 //! * [`rng`]: the random numbers of the seeded tests.
 //!
 //! Nothing here sleeps to let time pass: everything polls a condition, and says
@@ -21,5 +23,7 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod judge;
 pub(crate) mod mask;
+pub(crate) mod process;
 pub(crate) mod rng;
+pub(crate) mod scrape;
 pub(crate) mod server;
