@@ -158,10 +158,9 @@ pub use client::Client;
 pub use config::Config;
 pub use engine::Engine;
 pub use error::Error;
-pub use server::{Server, StartError};
+pub use server::{Fatal, Server, StartError};
 
 /// The examples in README.md compile and run.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
-pub use server::{Fatal, Server, StartError};

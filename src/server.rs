@@ -368,12 +368,17 @@ impl Member {
             revision = state.store().revision(),
             heartbeat_interval = ?limits.heartbeat,
             election_timeout = ?limits.election_timeout,
-            snapshot_count = config.snapshot_count,
-            snapshot_catchup_entries = config.snapshot_catchup_entries,
+            snapshot_count = config.snapshot_entries(),
+            snapshot_catchup_entries = config.snapshot_catchup(),
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
+        // The checkpoint just read is as good as a snapshot. When the last one was made
+        // before that is not known, but the log was cut behind it: were it made at the
+        // checkpoint, a member that is often restarted would never make another.
+        let snapshot_index =
+            applied.index.min(start.start.index.saturating_add(config.snapshot_catchup()));
         let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
         metrics.kvorum_raft_log_first_index.set(first_index);
         tell_settings(&metrics, config, &limits);
@@ -464,8 +469,8 @@ impl Member {
         let checkpointer = Checkpointer::new(
             checkpoint_sender,
             Arc::clone(&busy),
-            config.snapshot_count,
-            applied.index,
+            config.snapshot_entries(),
+            snapshot_index,
         );
         let checkpoint_thread = CheckpointThread {
             storage: Some(storage),
@@ -477,8 +482,8 @@ impl Member {
             published: Arc::clone(&published),
             busy,
             full: Arc::clone(&full),
-            catch_up_entries: config.snapshot_catchup_entries,
-            snapshots: VecDeque::new(),
+            catch_up_entries: config.snapshot_catchup(),
+            snapshots: VecDeque::from([applied]),
             stopping,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
@@ -616,8 +621,8 @@ fn tell_settings(metrics: &Metrics, config: &Config, limits: &Limits) {
     metrics.server_quota_backend_bytes.set(signed(limits.quota_bytes.unwrap_or(0)));
     metrics.kvorum_server_heartbeat_interval_seconds.set(limits.heartbeat.as_secs_f64());
     metrics.kvorum_server_election_timeout_seconds.set(limits.election_timeout.as_secs_f64());
-    metrics.kvorum_server_snapshot_count.set(signed(config.snapshot_count));
-    metrics.kvorum_server_snapshot_catchup_entries.set(signed(config.snapshot_catchup_entries));
+    metrics.kvorum_server_snapshot_count.set(signed(config.snapshot_entries()));
+    metrics.kvorum_server_snapshot_catchup_entries.set(signed(config.snapshot_catchup()));
     for gate in Gate::ALL {
         let labels = [gate.name(), gate.stage().as_str()];
         let enabled = config.feature_gates.enabled(*gate);

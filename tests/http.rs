@@ -6,97 +6,16 @@
 
 mod common;
 
-use std::fs::File;
 use std::io::{Read as _, Write as _};
-use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::process::{PATIENCE, Started, free_port, messages, strings, until};
 use common::server::{TestServer, kvorum};
 use common::{http, judge};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-const PATIENCE: Duration = Duration::from_secs(20);
-const POLL: Duration = Duration::from_millis(10);
-
-/// A port nobody listens on. It is below the range of outgoing connections, so only
-/// another test that drew the same number could take it.
-fn free_port() -> u16 {
-    loop {
-        let port = 10_000 + (getrandom::u32().unwrap() % 22_000) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
-
-/// Waits until `condition` gives something.
-#[track_caller]
-fn until<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let began = Instant::now();
-    loop {
-        if let Some(value) = condition() {
-            return value;
-        }
-        assert!(began.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
-        std::thread::sleep(POLL);
-    }
-}
-
-/// A server started with exactly the arguments given.
-struct Started {
-    child: Child,
-    log: PathBuf,
-}
-
-impl Started {
-    fn new(program: &Path, directory: &Path, arguments: &[String]) -> Started {
-        let log = directory.join(format!("log-{}", getrandom::u32().unwrap()));
-        let file = File::create(&log).unwrap();
-        let child = Command::new(program)
-            .args(arguments)
-            .current_dir(directory)
-            .stdin(Stdio::null())
-            .stdout(file.try_clone().unwrap())
-            .stderr(file)
-            .spawn()
-            .unwrap();
-        Started { child, log }
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(&self.log).unwrap()
-    }
-
-    fn terminate(&mut self) -> ExitStatus {
-        let id = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
-        until("the end after SIGTERM", || self.child.try_wait().unwrap())
-    }
-}
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("--- the log ---\n{}---", self.log());
-        }
-        // It may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// The messages of a log of JSON lines.
-fn messages(log: &str) -> Vec<Value> {
-    log.lines().map(|line| serde_json::from_str(line).expect(line)).collect()
-}
-
-fn strings(arguments: &[&str]) -> Vec<String> {
-    arguments.iter().map(|argument| (*argument).to_owned()).collect()
-}
 
 /// The requests whose answers are compared: method, path.
 const REQUESTS: &[(&str, &str)] = &[

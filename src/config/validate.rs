@@ -21,6 +21,10 @@ const DEFAULT_QUOTA_BYTES: u64 = 2 << 30;
 const LARGE_QUOTA_BYTES: i64 = 8 << 30;
 /// Above it requests are unusually large.
 const LARGE_REQUEST_BYTES: u64 = 10 << 20;
+/// `--snapshot-count=0`.
+const DEFAULT_SNAPSHOT_COUNT: u64 = 10_000;
+/// `--snapshot-catchup-entries=0`.
+const DEFAULT_SNAPSHOT_CATCHUP_ENTRIES: u64 = 5_000;
 const MAX_ELECTION_TIMEOUT_MS: u64 = 50_000;
 const MIN_WATCH_PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 const DEFAULT_WATCH_PROGRESS_INTERVAL: Duration = Duration::from_secs(600);
@@ -76,6 +80,22 @@ impl Config {
     /// `--election-timeout`.
     pub fn election(&self) -> Duration {
         Duration::from_millis(self.election_timeout)
+    }
+
+    /// Entries applied between two raft snapshots.
+    pub fn snapshot_entries(&self) -> u64 {
+        match self.snapshot_count {
+            0 => DEFAULT_SNAPSHOT_COUNT,
+            entries => entries,
+        }
+    }
+
+    /// Entries kept in the raft log behind a snapshot.
+    pub fn snapshot_catchup(&self) -> u64 {
+        match self.snapshot_catchup_entries {
+            0 => DEFAULT_SNAPSHOT_CATCHUP_ENTRIES,
+            entries => entries,
+        }
     }
 
     /// The quota in bytes; `None` when there is no limit.

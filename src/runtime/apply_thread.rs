@@ -326,6 +326,7 @@ impl ApplyThread {
         let done = state.compact_step(floor, self.pace.keys_per_step);
         let removed = state.dirty().removed.len() - waiting;
         let compact_revision = state.store().compact_revision();
+        self.published.set_size(state.store().size_bytes());
         drop(state);
         let metrics = &self.metrics;
         metrics

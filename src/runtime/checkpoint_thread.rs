@@ -85,8 +85,8 @@ pub struct Checkpointer {
 }
 
 impl Checkpointer {
-    /// `snapshot_index` is the applied index that was recovered; `busy` is shared
-    /// with the checkpoint thread.
+    /// `snapshot_index` is that of the last snapshot, as far as it is known; `busy` is
+    /// shared with the checkpoint thread.
     pub fn new(
         tasks: Sender<CheckpointTask>,
         busy: Arc<AtomicBool>,

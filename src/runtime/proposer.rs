@@ -33,7 +33,8 @@ pub struct Proposer {
 }
 
 impl Proposer {
-    /// Asks through this mailbox. `max_request_bytes` bounds an encoded command.
+    /// Asks through this mailbox. `max_request_bytes` bounds a command as etcd would
+    /// encode it.
     pub fn new(
         mailbox: Sender<RaftInput>,
         waiters: Arc<Waiters>,
@@ -71,7 +72,9 @@ impl Proposer {
         let sequence = header.sequence;
         let command = Command { header: Some(header), request: Some(request) };
         let data = command.encode_to_vec();
-        if data.len() > self.max_request_bytes {
+        if data.len() - header.encoded_len() + etcd_header_len(header.member)
+            > self.max_request_bytes
+        {
             return Err(Error::RequestTooLarge);
         }
         self.wait_for_leader(deadline).await?;
@@ -144,6 +147,13 @@ impl Proposer {
             () = tokio::time::sleep_until(deadline.into()) => Err(Error::Timeout),
         }
     }
+}
+
+/// The length of the header that etcd's encoding of a command has: one number, with the
+/// member's id in its upper and the time in its lower bits. The rest of a command is
+/// encoded alike, so what is too large for etcd is too large here, to the byte.
+fn etcd_header_len(member: u64) -> usize {
+    1 + prost::encoding::encoded_len_varint(member << 48 | 1 << 47)
 }
 
 /// Counts a proposal as pending until dropped.

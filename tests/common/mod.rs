@@ -8,7 +8,9 @@
 //!   message as JSON.
 //! * [`http`]: an HTTP/1.1 client of a hundred lines.
 //! * [`accepted`]: where kvorum differs from etcd on purpose.
+//! * [`process`]: any process, with exactly the arguments given.
 //! * [`mask`]: takes out of an answer what two correct servers cannot agree on.
+//! * [`scrape`]: reads `/metrics`.
 //! * [`rng`]: the random numbers of the seeded tests.
 //!
 //! Nothing here sleeps to let time pass: everything polls a condition, and says
@@ -23,5 +25,7 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod judge;
 pub(crate) mod mask;
+pub(crate) mod process;
 pub(crate) mod rng;
+pub(crate) mod scrape;
 pub(crate) mod server;
