@@ -16,9 +16,8 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::thread::JoinHandle as ThreadHandle;
 use std::time::{Duration, Instant};
@@ -51,7 +50,7 @@ use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::raft_thread::{RaftInput, RaftThread};
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
-use crate::runtime::space::Space;
+use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{HubHandle, WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
@@ -346,13 +345,14 @@ impl Member {
             "starting a member"
         );
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
+        let log_start = start.start.index;
         let node = Node::new(start).map_err(|error| Fatal::new(error.to_string()))?;
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
         let quota = limits.quota_bytes.unwrap_or(0);
         metrics.server_quota_backend_bytes.set(i64::try_from(quota).unwrap_or(i64::MAX));
 
         let fault = Fault::default();
-        let full = Arc::new(AtomicBool::new(false));
+        let shortage = Arc::new(Shortage::default());
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_bytes());
@@ -364,7 +364,6 @@ impl Member {
         let (apply_sender, apply_tasks) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
         let busy = Arc::new(AtomicBool::new(false));
-        let stopping = Arc::new(AtomicBool::new(false));
 
         let header_source = {
             let published = Arc::clone(&published);
@@ -407,7 +406,7 @@ impl Member {
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
-            full: Arc::clone(&full),
+            shortage: Arc::clone(&shortage),
             limits: limits.clone(),
             versions: Versions { server: ETCD_VERSION, storage: ETCD_STORAGE_VERSION },
         });
@@ -416,14 +415,15 @@ impl Member {
             raft: raft_sender.clone(),
             checkpoint: checkpoint_sender.clone(),
             waiters: Arc::clone(&waiters),
-            stopping: Arc::clone(&stopping),
             front: Vec::new(),
             checkpointer: None,
         };
         let checkpointer = Checkpointer::new(
             checkpoint_sender,
             Arc::clone(&busy),
+            Arc::clone(&shortage),
             config.snapshot_count,
+            snapshot_index(config, log_start, applied.index),
             applied.index,
         );
         let checkpoint_thread = CheckpointThread {
@@ -434,10 +434,15 @@ impl Member {
             tasks: checkpoint_tasks,
             log: log_sender.clone(),
             busy,
-            full: Arc::clone(&full),
+            shortage: Arc::clone(&shortage),
+            directory: match &place {
+                Place::Disk { data_dir, .. } => Some(data_dir.clone()),
+                Place::Memory => None,
+            },
+            reopen: false,
             catch_up_entries: config.snapshot_catchup_entries,
-            snapshots: VecDeque::new(),
-            stopping,
+            // What was recovered is in the checkpoint, which the next sync covers.
+            snapshots: (applied.index > 0).then_some(applied).into_iter().collect(),
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
@@ -500,7 +505,7 @@ impl Member {
         }
         if let Place::Disk { data_dir, wal_dir, .. } = place {
             let directories = std::iter::once(data_dir).chain(wal_dir).collect();
-            tasks.push(tokio::spawn(Space { directories, low: full }.watch()));
+            tasks.push(tokio::spawn(Space { directories, shortage }.watch()));
         }
         let stop = Stop::new(threads, tasks, hub_handle.clone());
         tokio::spawn(end_on_fault(fault.clone(), waiters, hub_handle, stop.signal.clone()));
@@ -563,6 +568,14 @@ fn limits(config: &Config) -> Limits {
         election_timeout: config.election(),
         warning_unary_request_duration: config.warning_unary_request_duration,
     }
+}
+
+/// The applied index of the last snapshot before this start, as far as the log tells: it
+/// is cut so far behind one. So a member that is started often makes snapshots all the
+/// same, and its log does not grow.
+fn snapshot_index(config: &Config, log_start: u64, applied: u64) -> u64 {
+    let behind = config.snapshot_count.max(config.snapshot_catchup_entries);
+    log_start.saturating_add(behind).min(applied)
 }
 
 fn retention(config: &Config) -> Option<Retention> {
@@ -670,7 +683,6 @@ struct Threads {
     raft: mpsc::Sender<RaftInput>,
     checkpoint: mpsc::Sender<CheckpointTask>,
     waiters: Arc<Waiters>,
-    stopping: Arc<AtomicBool>,
     /// Raft, log and apply: the first tells the others.
     front: Vec<ThreadHandle<()>>,
     checkpointer: Option<ThreadHandle<()>>,
@@ -679,7 +691,6 @@ struct Threads {
 impl Threads {
     /// Begins the end. A thread that is gone already needs no telling.
     fn tell(&self) {
-        self.stopping.store(true, Ordering::Release);
         let _ = self.raft.send(RaftInput::Stop);
         let _ = self.checkpoint.send(CheckpointTask::Stop);
     }
@@ -687,7 +698,6 @@ impl Threads {
     /// Stops the threads and waits for them. What they acknowledged is on disk then.
     /// Blocks.
     fn join(self) {
-        self.stopping.store(true, Ordering::Release);
         let _ = self.raft.send(RaftInput::Stop);
         for thread in self.front {
             // One that panicked has ended, too.
