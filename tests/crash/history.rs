@@ -218,8 +218,13 @@ impl History {
         for before in comparable {
             let request = HashKvRequest { revision: before.hash_revision };
             let after = maintenance.hash_kv(request).await.expect("a hash").into_inner();
+            if after.compact_revision != before.compact_revision {
+                // A compaction to this very revision was hashed, and that hash is kept until
+                // the server stops: it starts at the compaction before.
+                assert_eq!(before.hash_revision, now.compact_revision);
+                continue;
+            }
             assert_eq!(after.hash, before.hash, "at {}", before.hash_revision);
-            assert_eq!(after.compact_revision, before.compact_revision);
         }
         // For the next life.
         self.inner.lock().hashes.push(now);
