@@ -12,7 +12,7 @@
 //! A record is a value under a [`Table`] and a key. [`Storage`] has three
 //! implementations that one suite of tests holds to the same behaviour:
 //!
-//! - [`SledStorage`] keeps records on disk, with [sled](https://docs.rs/sled/0.34.7).
+//! - [`SledStorage`] keeps records on disk, with sled 0.34.7.
 //! - [`MemoryStorage`] keeps them in a map.
 //! - [`FaultyStorage`] does too, and fails, or loses what was not synced, on demand.
 //!
