@@ -29,7 +29,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::Error;
 use crate::lease;
@@ -39,11 +39,13 @@ use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
+use crate::runtime::hashes::{CompactionHashes, KeyValueHash};
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
-use crate::runtime::watch_hub::{HubHandle, WatchStream};
+use crate::runtime::watch_hub::HubHandle;
+pub use crate::runtime::watch_hub::WatchStream;
 use crate::state::txn::{RangeScan, Step};
 use crate::state::{Response, StateMachine, check, txn};
 
@@ -113,10 +115,13 @@ pub(crate) struct Parts {
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
     pub(crate) hub: HubHandle,
+    pub(crate) hashes: Arc<CompactionHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gauges: Gauges,
     pub(crate) fault: Fault,
+    /// Whether the server takes no new work.
+    pub(crate) stopping: watch::Receiver<bool>,
     /// Set while a disk has no space left to give.
     pub(crate) full: Arc<AtomicBool>,
     pub(crate) limits: Limits,
@@ -158,9 +163,7 @@ impl Engine {
     }
 
     async fn range_unchecked(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
-        if !request.serializable {
-            self.parts.proposer.read_barrier().await?;
-        }
+        self.before_read(request.serializable).await?;
         let began = Instant::now();
         let read = self.read_range(request).await;
         self.parts.metrics.server_range_duration_seconds.observe(read.is_ok(), began.elapsed());
@@ -206,9 +209,7 @@ impl Engine {
         request: RangeRequest,
     ) -> Result<mpsc::Receiver<Result<RangeStreamResponse, Error>>, Error> {
         check::check_range_stream(&request)?;
-        if !request.serializable {
-            self.parts.proposer.read_barrier().await?;
-        }
+        self.before_read(request.serializable).await?;
         let (pieces, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
         let (scan, pin) = {
             let state = self.parts.state.read();
@@ -293,9 +294,7 @@ impl Engine {
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse, Error> {
         check::check_txn(&request, self.parts.limits.max_txn_ops)?;
         let mut response = if check::is_txn_read_only(&request) {
-            if !check::is_txn_serializable(&request) {
-                self.parts.proposer.read_barrier().await?;
-            }
+            self.before_read(check::is_txn_serializable(&request)).await?;
             let began = Instant::now();
             let answered = txn::read_txn(self.parts.state.read().store(), &request);
             let durations = &self.parts.metrics.server_request_duration_seconds;
@@ -342,7 +341,7 @@ impl Engine {
     /// server.
     ///
     /// # Errors
-    /// [`Error::Stopped`] when something stopped this server for good.
+    /// [`Error::Stopped`].
     pub fn watch(&self) -> Result<WatchStream, Error> {
         self.serializable_check()?;
         Ok(self.parts.hub.open_stream())
@@ -358,11 +357,11 @@ impl Engine {
         &self,
         request: LeaseGrantRequest,
     ) -> Result<LeaseGrantResponse, Error> {
-        check::check_lease_grant(&request)?;
         let limits = &self.parts.limits;
         let min = lease::min_ttl_secs(limits.heartbeat, limits.election_ticks());
-        let ttl = lease::granted_ttl_secs(request.ttl, min)?;
-        self.reserve(LEASE_GRANT_COST).await?;
+        // One that is too long is refused when it is applied: after an alarm, as in etcd.
+        let ttl = request.ttl.max(min);
+        self.reserve(check::LEASE_COST_BYTES).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };
         let request = LeaseGrantRequest { ttl, id };
         match self.parts.proposer.propose(Request::LeaseGrant(request)).await? {
@@ -394,8 +393,9 @@ impl Engine {
     /// Begins a lease's time anew. A TTL of 0 in the response: there is no such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`].
+    /// [`Error::NoLeader`], [`Error::Stopped`].
     pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+        self.serializable_check()?;
         let header = self.header();
         let ttl = self.parts.leases.keep_alive(id, &self.parts.proposer).await?;
         if ttl > 0 {
@@ -557,23 +557,45 @@ impl Engine {
     /// # Errors
     /// [`Error::Compacted`], [`Error::FutureRevision`].
     pub async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
-        let engine = self.clone();
         let began = Instant::now();
-        let hashed = blocking(move || {
-            let state = engine.parts.state.read();
+        let kept = self.parts.hashes.get(request.revision).await;
+        let KeyValueHash { hash, compact_revision, revision } = match kept {
+            Some(kept) => kept,
+            None => self.hash_keys(request.revision).await?,
+        };
+        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
+        Ok(HashKvResponse {
+            header: Some(self.header()),
+            hash,
+            compact_revision,
+            hash_revision: revision,
+        })
+    }
+
+    /// Works the hash out, in steps between which writes go on.
+    async fn hash_keys(&self, revision: i64) -> Result<KeyValueHash, Error> {
+        let (mut hash, pin) = {
+            let state = self.parts.state.read();
             let store = state.store();
-            let at = if request.revision == 0 { store.revision() } else { request.revision };
+            let at = if revision == 0 { store.revision() } else { revision };
             if at < store.compact_revision() {
                 return Err(Error::Compacted);
             }
             if at > store.revision() {
                 return Err(Error::FutureRevision);
             }
-            Ok((store.hash_kv(at), store.compact_revision(), at))
-        });
-        let (hash, compact_revision, hash_revision) = hashed.await??;
-        self.parts.metrics.mvcc_hash_rev_duration_seconds.observe(began.elapsed().as_secs_f64());
-        Ok(HashKvResponse { header: Some(self.header()), hash, compact_revision, hash_revision })
+            let hash = store.hash_kv_begin(at);
+            let pin = self.parts.pins.pin(hash.floor());
+            (hash, pin)
+        };
+        let engine = self.clone();
+        blocking(move || {
+            while !hash.step(engine.parts.state.read().store(), KEYS_PER_STEP) {}
+            drop(pin);
+            let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
+            KeyValueHash { hash: hash.finish(), compact_revision, revision }
+        })
+        .await
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted
@@ -697,9 +719,25 @@ impl Engine {
     /// Whether this member can serve what it holds.
     ///
     /// # Errors
-    /// [`Error::Stopped`] once something stopped it for good.
+    /// [`Error::Stopped`] once it was shut down, or something stopped it for good.
     pub fn serializable_check(&self) -> Result<(), Error> {
-        self.parts.fault.get().map_or(Ok(()), |_| Err(Error::Stopped))
+        let is_over = *self.parts.published.stopped.borrow() || self.parts.fault.get().is_some();
+        if is_over { Err(Error::Stopped) } else { Ok(()) }
+    }
+
+    /// Becomes true when the server begins to stop: for streams, which would keep it
+    /// waiting.
+    pub(crate) fn stopping(&self) -> watch::Receiver<bool> {
+        self.parts.stopping.clone()
+    }
+
+    /// What a read waits for before it reads.
+    async fn before_read(&self, serializable: bool) -> Result<(), Error> {
+        if serializable {
+            self.serializable_check()
+        } else {
+            self.parts.proposer.read_barrier().await
+        }
     }
 
     /// Judges whether a request of this cost fits into the quota. When not, raises the
@@ -732,9 +770,6 @@ impl Engine {
         header.raft_term = self.parts.published.applied_term();
     }
 }
-
-/// What a lease counts against the quota; etcd's value.
-const LEASE_GRANT_COST: u64 = 64;
 
 /// Runs what takes long away from the threads that serve.
 async fn blocking<T: Send + 'static>(

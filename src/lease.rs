@@ -33,8 +33,6 @@ pub use lessor::{Lease, Lessor};
 
 use std::time::Duration;
 
-use crate::error::Error;
-
 /// The longest TTL that can be granted, in seconds (285 years).
 pub const MAX_TTL_SECS: i64 = 9_000_000_000;
 
@@ -45,18 +43,6 @@ pub fn min_ttl_secs(heartbeat: Duration, election_ticks: u32) -> i64 {
     let ticks = election_ticks.saturating_mul(3) / 2;
     let millis = heartbeat.saturating_mul(ticks).as_millis();
     i64::try_from(millis.div_ceil(1000)).unwrap_or(MAX_TTL_SECS).min(MAX_TTL_SECS)
-}
-
-/// The TTL that a request for `requested` seconds is granted: at least `min`. Zero and
-/// negative values are raised like any other that is too small.
-///
-/// Called before a grant is proposed: `min` follows from a member's configuration and
-/// need not be the same everywhere.
-pub fn granted_ttl_secs(requested: i64, min: i64) -> Result<i64, Error> {
-    if requested > MAX_TTL_SECS {
-        return Err(Error::LeaseTtlTooLarge);
-    }
-    Ok(requested.max(min))
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! kvorum: an embedded, etcd-compatible key-value store.
 
 pub mod api;
+pub mod client;
 pub mod config;
 pub mod engine;
 pub mod error;
@@ -16,6 +17,7 @@ pub mod state;
 pub mod storage;
 pub mod version;
 
+pub use client::Client;
 pub use config::Config;
 pub use engine::Engine;
 pub use error::Error;

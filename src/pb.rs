@@ -9,6 +9,7 @@
     unreachable_pub,
     clippy::all,
     clippy::pedantic,
+    clippy::allow_attributes_without_reason,
     reason = "generated code; the wire is documented by etcd"
 )]
 

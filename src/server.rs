@@ -16,6 +16,7 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -31,17 +32,20 @@ use crate::api::gateway::{self, GatewayOptions};
 use crate::api::http::{self, AccessControl};
 use crate::api::listener::{self, Listener, ServeOptions, SocketOptions};
 use crate::api::tls::{AutoTls, Side, Tls, TlsError, TlsSettings, TlsVersion};
+use crate::client::Client;
 use crate::config::{AutoCompaction, Config, ConfigErrors, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
+use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::ResponseHeader;
-use crate::raft::Node;
+use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
 use crate::runtime::fault::{Fatal, Fault};
 use crate::runtime::gauges::Gauges;
+use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
@@ -119,9 +123,15 @@ impl Server {
         let bound = Bound::bind(&config)?;
         let member = Member::start(&config).await?;
         let engine = member.engine.clone();
-        member.ready(&config, &bound).await?;
-
-        let Routers { all, grpc, http, monitoring } = Routers::new(&engine, &config)?;
+        let ready = member.ready(&config, &bound).await;
+        let routers = match ready.and_then(|()| Routers::new(&engine, &config)) {
+            Ok(routers) => routers,
+            Err(error) => {
+                member.stop.finish().await;
+                return Err(error);
+            }
+        };
+        let Routers { all, grpc, http, monitoring } = routers;
         let on_client_port = if bound.http_only.is_empty() { all.clone() } else { grpc };
         let options = serve_options(&config);
         let client_urls: Vec<_> =
@@ -144,9 +154,14 @@ impl Server {
         Ok(Server { engine, client_urls, metrics_urls, router: all, fault, stop, listeners })
     }
 
-    /// The handle for calls that need no socket.
+    /// The handle that speaks etcd's messages, for calls that need no socket.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// The same server as typed calls with decoded answers, for Rust programs.
+    pub fn client(&self) -> Client {
+        Client::new(self.engine.clone())
     }
 
     /// Where clients connect, with the ports that were taken for port 0.
@@ -181,10 +196,7 @@ impl Server {
             // A listener's task that panicked serves nobody any more.
             let _ = listener.await;
         }
-        if let Some(threads) = self.stop.take_threads() {
-            // Joining threads blocks; that they panicked is no reason to panic here.
-            let _ = tokio::task::spawn_blocking(move || threads.join()).await;
-        }
+        self.stop.finish().await;
         match self.fault.get() {
             Some(fatal) => Err(fatal),
             None => Ok(()),
@@ -325,6 +337,7 @@ impl Member {
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
         start.pre_vote = config.pre_vote;
+        start.catch_up_entries = config.snapshot_catchup();
         let applied = state.applied();
         tracing::info!(
             member_id = format!("{:x}", identity.member_id),
@@ -343,12 +356,12 @@ impl Member {
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
-        // The checkpoint just read is as good as a snapshot. When the last one was made
-        // before that is not known, but the log was cut behind it: were it made at the
-        // checkpoint, a member that is often restarted would never make another.
-        let previous_snapshot = applied.index;
-        let snapshot_index =
-            applied.index.min(start.start.index.saturating_add(config.snapshot_catchup()));
+        // When the last snapshot was made is not known, but the log was cut behind it: were
+        // the next one counted from here, a member that is often restarted would make none.
+        let catch_up = config.snapshot_catchup();
+        let snapshot_index = applied.index.min(start.start.index.saturating_add(catch_up));
+        let snapshots = places_to_truncate(&start, applied, catch_up);
+        let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
         metrics.kvorum_raft_log_first_index.set(first_index);
         tell_settings(&metrics, config, &limits);
@@ -368,6 +381,7 @@ impl Member {
         let (log_sender, log_tasks) = mpsc::channel();
         let (apply_sender, apply_tasks) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
+        let signal = watch::Sender::new(false);
         let busy = Arc::new(AtomicBool::new(false));
         let stopping = Arc::new(AtomicBool::new(false));
 
@@ -388,6 +402,9 @@ impl Member {
         let history = StateHistory(Arc::clone(&state));
         let (hub, hub_handle, feed) = WatchHub::new(history, header_source, watch_config);
 
+        let hashes = Arc::new(CompactionHashes::default());
+        let (hash_queue, hash_work) = hashes::hasher(Arc::clone(&state), Arc::clone(&hashes));
+
         let proposer = Arc::new(Proposer::new(
             raft_sender.clone(),
             Arc::clone(&waiters),
@@ -405,6 +422,7 @@ impl Member {
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
             hub: hub_handle.clone(),
+            hashes,
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             gauges: Gauges {
@@ -417,6 +435,7 @@ impl Member {
                 seen: Mutex::default(),
             },
             fault: fault.clone(),
+            stopping: signal.subscribe(),
             full: Arc::clone(&full),
             limits: limits.clone(),
             versions: Versions { server: ETCD_VERSION, storage: ETCD_STORAGE_VERSION },
@@ -442,17 +461,17 @@ impl Member {
             state: Arc::clone(&state),
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
-            raft: raft_sender.clone(),
+            log: log_sender.clone(),
             published: Arc::clone(&published),
             busy,
             full: Arc::clone(&full),
-            catch_up_entries: config.snapshot_catchup(),
-            previous_snapshot,
+            catch_up_entries: catch_up,
+            snapshots,
             stopping,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
-        threads.checkpointer = Some(spawn("checkpoint", move || checkpoint_thread.run())?);
+        threads.checkpointer = Some(spawn("checkpoint", &fault, move || checkpoint_thread.run())?);
         let log_thread = LogThread {
             log,
             tasks: log_tasks,
@@ -460,16 +479,18 @@ impl Member {
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
-        threads.front.push(spawn("log", move || log_thread.run())?);
+        threads.front.push(spawn("log", &fault, move || log_thread.run())?);
         let apply_thread = ApplyThread {
             state: Arc::clone(&state),
             tasks: apply_tasks,
-            raft: raft_sender,
+            raft: raft_sender.clone(),
             published: Arc::clone(&published),
             waiters: Arc::clone(&waiters),
             feed,
             leases: Arc::clone(&leases),
             pins,
+            recovered_index,
+            hashes: hash_queue,
             checkpointer,
             pace: CompactionPace {
                 keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
@@ -479,7 +500,7 @@ impl Member {
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
-        threads.front.push(spawn("apply", move || apply_thread.run())?);
+        threads.front.push(spawn("apply", &fault, move || apply_thread.run())?);
         let raft_thread = RaftThread {
             node,
             mailbox: raft_mailbox,
@@ -492,7 +513,7 @@ impl Member {
             tick: limits.heartbeat,
             member: identity.member_id,
         };
-        threads.front.push(spawn("raft", move || raft_thread.run())?);
+        threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
         let duty = LeaseDuty {
             clock: leases,
@@ -502,7 +523,8 @@ impl Member {
             election_timeout: limits.election_timeout,
             metrics,
         };
-        let mut tasks = vec![tokio::spawn(hub.run()), tokio::spawn(duty.run())];
+        let mut tasks =
+            vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
         if let Some(retention) = retention(config) {
             tasks.push(tokio::spawn(auto_compact(engine.clone(), retention)));
         }
@@ -510,8 +532,10 @@ impl Member {
             let directories = std::iter::once(data_dir).chain(wal_dir).collect();
             tasks.push(tokio::spawn(Space { directories, low: full }.watch()));
         }
-        let stop = Stop::new(threads, tasks, hub_handle.clone());
-        tokio::spawn(end_on_fault(fault.clone(), waiters, hub_handle, stop.signal.clone()));
+        let stop = Stop { signal, hub: hub_handle.clone(), tasks, threads: Some(threads) };
+        let end =
+            end_on_fault(fault.clone(), waiters, hub_handle, raft_sender, stop.signal.clone());
+        tokio::spawn(end);
         Ok(Member { engine, published, fault, stop })
     }
 
@@ -528,15 +552,16 @@ impl Member {
     }
 }
 
-/// `--advertise-client-urls`, or for a server whose ports were chosen by the system,
-/// where it really listens.
+/// `--advertise-client-urls`. Nobody can connect to a port 0: instead, the port is told
+/// that the listener of the same place in `--listen-client-urls` was given.
 fn advertised(config: &Config, bound: &Bound) -> Vec<String> {
-    let chosen = config.in_memory;
-    if chosen {
-        bound.clients.iter().map(|listener| listener.local_url().to_string()).collect()
-    } else {
-        config.advertise_client_urls.iter().map(|url| url.as_str().to_owned()).collect()
-    }
+    let ports = bound.clients.iter().map(|listener| listener.local_url().port_or_known_default());
+    let mut ports = ports.chain(std::iter::repeat(None));
+    let urls = config.advertise_client_urls.iter().map(|url| {
+        let port = ports.next().flatten().filter(|_| url.port() == Some(0));
+        port.map_or_else(|| url.clone(), |port| url.with_port(port)).as_str().to_owned()
+    });
+    urls.collect()
 }
 
 fn place(config: &Config) -> Place {
@@ -571,6 +596,16 @@ fn limits(config: &Config) -> Limits {
         election_timeout: config.election(),
         warning_unary_request_duration: config.warning_unary_request_duration,
     }
+}
+
+/// Where the log of a member that starts may be truncated at the next snapshots: as far
+/// behind the checkpoint that was read as members may catch up from the log, and at the
+/// checkpoint.
+fn places_to_truncate(start: &Start, applied: Mark, catch_up_entries: u64) -> VecDeque<Mark> {
+    let behind = applied.index.saturating_sub(catch_up_entries);
+    let entry = start.entries.iter().find(|entry| entry.index == behind);
+    let behind = entry.map(|entry| Mark { index: entry.index, term: entry.term });
+    behind.into_iter().chain((applied.index > start.start.index).then_some(applied)).collect()
 }
 
 /// Settings that show in the metrics.
@@ -622,12 +657,15 @@ async fn end_on_fault(
     fault: Fault,
     waiters: Arc<Waiters>,
     hub: HubHandle,
+    raft: mpsc::Sender<RaftInput>,
     stop: watch::Sender<bool>,
 ) {
     let mut stopped = stop.subscribe();
     tokio::select! {
         _ = fault.wait() => {
             hub.close();
+            // It ends the threads that have not, and has all questions refused.
+            let _ = raft.send(RaftInput::Stop);
             waiters.fail_all(&Error::Stopped);
             stop.send_replace(true);
         }
@@ -635,11 +673,34 @@ async fn end_on_fault(
     }
 }
 
-fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<ThreadHandle<()>, StartError> {
+/// Starts a thread. Should it panic, the server stops as after any other fatal error.
+fn spawn(
+    name: &'static str,
+    fault: &Fault,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<ThreadHandle<()>, StartError> {
+    let guard = PanicGuard { thread: name, fault: fault.clone() };
+    let run = move || {
+        let _guard = guard;
+        run();
+    };
     std::thread::Builder::new()
         .name(format!("kvorum-{name}"))
         .spawn(run)
         .map_err(StartError::Thread)
+}
+
+struct PanicGuard {
+    thread: &'static str,
+    fault: Fault,
+}
+
+impl Drop for PanicGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.fault.raise(self.thread, "its thread panicked; please report the panic's message");
+        }
+    }
 }
 
 /// How everything is told to stop.
@@ -651,10 +712,6 @@ struct Stop {
 }
 
 impl Stop {
-    fn new(threads: Threads, tasks: Vec<JoinHandle<()>>, hub: HubHandle) -> Stop {
-        Stop { signal: watch::Sender::new(false), hub, tasks, threads: Some(threads) }
-    }
-
     /// Completes once the stop has begun.
     fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut stopped = self.signal.subscribe();
@@ -668,6 +725,15 @@ impl Stop {
     fn begin(&self) {
         self.signal.send_replace(true);
         self.hub.close();
+    }
+
+    /// Stops everything and waits for it.
+    async fn finish(mut self) {
+        self.begin();
+        if let Some(threads) = self.take_threads() {
+            // Joining threads blocks; that they panicked is no reason to panic here.
+            let _ = tokio::task::spawn_blocking(move || threads.join()).await;
+        }
     }
 
     /// The threads, to be told and joined; `None` the second time.

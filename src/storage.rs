@@ -197,9 +197,9 @@ impl StorageError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorageError {
-    /// Another process has it open.
+    /// Another server has it open, in this process or another.
     #[error(
-        "checkpoint {} is in use by another process: stop that one, or give this member a \
+        "checkpoint {} is in use by another server: stop that one, or give this member a \
          --data-dir of its own", .dir.display()
     )]
     Locked {

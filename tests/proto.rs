@@ -3,6 +3,8 @@
 //! and fails when what is checked in is stale; `KVORUM_REGENERATE=1 cargo test
 //! --test proto` rewrites it.
 
+#![expect(clippy::expect_used, reason = "a test fails by panicking")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

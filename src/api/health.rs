@@ -7,13 +7,25 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use tokio::sync::watch;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
+
+use super::until_stopped::UntilStopped;
 
 use crate::pb::health::health_check_response::ServingStatus;
 use crate::pb::health::{HealthCheckRequest, HealthCheckResponse, health_server};
 
-pub(super) struct Health;
+pub(super) struct Health {
+    stopping: watch::Receiver<bool>,
+}
+
+impl Health {
+    /// `stopping` becomes true when the server begins to stop.
+    pub(super) fn new(stopping: watch::Receiver<bool>) -> Health {
+        Health { stopping }
+    }
+}
 
 /// The status of `service`, if it is known.
 fn serving(service: &str) -> Option<ServingStatus> {
@@ -32,20 +44,21 @@ impl health_server::Health for Health {
         }
     }
 
-    type WatchStream = Statuses;
+    type WatchStream = UntilStopped<Statuses>;
 
     async fn watch(
         &self,
         request: Request<HealthCheckRequest>,
-    ) -> Result<Response<Statuses>, Status> {
+    ) -> Result<Response<UntilStopped<Statuses>>, Status> {
         let status =
             serving(&request.into_inner().service).unwrap_or(ServingStatus::ServiceUnknown);
-        Ok(Response::new(Statuses(Some(status))))
+        let statuses = Statuses(Some(status));
+        Ok(Response::new(UntilStopped::new(statuses, self.stopping.clone())))
     }
 }
 
-/// The present status, and then nothing: it does not change. The stream stays
-/// open, because a client takes its end for a failure.
+/// The present status, and then nothing: it does not change while the server serves.
+/// The stream stays open, because a client takes its end for a failure.
 pub(super) struct Statuses(Option<ServingStatus>);
 
 impl Stream for Statuses {
@@ -70,19 +83,23 @@ mod tests {
 
     #[tokio::test]
     async fn only_the_whole_server_is_known() {
-        let answer = Health.check(request("")).await.unwrap().into_inner();
+        let (_stop, stopping) = watch::channel(false);
+        let health = Health::new(stopping);
+        let answer = health.check(request("")).await.unwrap().into_inner();
         assert_eq!(answer.status(), ServingStatus::Serving);
-        let refusal = Health.check(request("etcdserverpb.KV")).await.unwrap_err();
+        let refusal = health.check(request("etcdserverpb.KV")).await.unwrap_err();
         assert_eq!(refusal.code(), tonic::Code::NotFound);
         assert_eq!(refusal.message(), "unknown service");
     }
 
     #[tokio::test]
     async fn watching_sends_the_status_once_and_stays_open() {
+        let (_stop, stopping) = watch::channel(false);
+        let health = Health::new(stopping);
         for (service, expected) in
             [("", ServingStatus::Serving), ("other", ServingStatus::ServiceUnknown)]
         {
-            let mut stream = Health.watch(request(service)).await.unwrap().into_inner();
+            let mut stream = health.watch(request(service)).await.unwrap().into_inner();
             let mut cx = Context::from_waker(std::task::Waker::noop());
             match Pin::new(&mut stream).poll_next(&mut cx) {
                 Poll::Ready(Some(Ok(answer))) => assert_eq!(answer.status(), expected),

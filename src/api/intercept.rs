@@ -39,6 +39,7 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::codegen::BoxFuture;
 use tonic::{Code, Status};
 
+use super::listener::Connection;
 use super::status::status;
 use crate::error::Error;
 use crate::metrics::{GrpcMethod, Metrics};
@@ -122,6 +123,7 @@ impl<D: Dispatch> Intercept<D> {
             shared: self.shared.clone(),
             method: method.clone(),
             path: request.uri().path_and_query().cloned(),
+            connection: request.extensions().get().cloned(),
             started: Instant::now(),
             sent_bytes: 0,
             handled: false,
@@ -268,6 +270,8 @@ struct Accounting {
     shared: Arc<Shared>,
     method: Arc<GrpcMethod>,
     path: Option<http::uri::PathAndQuery>,
+    /// `None` in process.
+    connection: Option<Arc<Connection>>,
     started: Instant,
     sent_bytes: u64,
     handled: bool,
@@ -288,7 +292,9 @@ impl Accounting {
         let took = self.started.elapsed();
         self.method.handled(code, took);
         if !self.method.streaming && took > self.shared.settings.slow_unary {
+            let remote = self.connection.as_ref().and_then(|connection| connection.remote);
             tracing::warn!(
+                remote = remote.map(tracing::field::display),
                 method = self.path.as_ref().map_or("", |path| path.as_str()),
                 took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
                 threshold_ms = u64::try_from(self.shared.settings.slow_unary.as_millis())

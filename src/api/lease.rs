@@ -10,6 +10,7 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::status;
+use super::until_stopped::UntilStopped;
 use crate::engine::Engine;
 use crate::error::Error;
 use crate::pb::etcdserverpb::{
@@ -45,18 +46,19 @@ impl lease_server::Lease for Lease {
     }
 
     type LeaseKeepAliveStream =
-        Pin<Box<dyn Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send>>;
+        UntilStopped<Pin<Box<dyn Stream<Item = Result<LeaseKeepAliveResponse, Status>> + Send>>>;
 
     async fn lease_keep_alive(
         &self,
         request: Request<Streaming<LeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
         let engine = self.engine.clone();
+        let stopping = engine.stopping();
         let answers = request.into_inner().then(move |request| {
             let engine = engine.clone();
             async move { keep_alive(&engine, request?.id).await.map_err(status) }
         });
-        Ok(Response::new(Box::pin(answers)))
+        Ok(Response::new(UntilStopped::new(Box::pin(answers), stopping)))
     }
 
     async fn lease_time_to_live(

@@ -30,6 +30,7 @@ mod maintenance;
 mod probe;
 pub mod status;
 pub mod tls;
+mod until_stopped;
 mod watch;
 
 use std::convert::Infallible;
@@ -107,7 +108,7 @@ services! {
     auth: AuthServer<auth::Auth> = auth::Auth::new;
     election: ElectionServer<election::Election> = election::Election::new;
     lock: LockServer<lock::Lock> = lock::Lock::new;
-    health: HealthServer<health::Health> = |_| health::Health;
+    health: HealthServer<health::Health> = |engine| health::Health::new(engine.stopping());
 }
 
 /// The largest message a client may send, in bytes.

@@ -1,9 +1,12 @@
 //! The part of the log that raft may still ask for, in memory.
 //!
-//! Raft reads its log through a trait and never writes it. [`LogCache`] holds every
-//! entry after the truncation point, so those reads cost no disk access and cannot
-//! fail. Its size is bounded by truncation: `--snapshot-catchup-entries` behind what
-//! is applied, plus what is admitted and not yet applied.
+//! Raft reads its log through a trait and never writes it. [`LogCache`] answers from
+//! memory, so those reads cost no disk access and cannot fail.
+//!
+//! It holds what is not applied yet, which the engine's admission bounds, and of what is
+//! applied the last entries for a member that is a little behind: at most
+//! `--snapshot-catchup-entries` of them and [`APPLIED_BYTES_MAX`]. The log on disk
+//! reaches further back; it is read when the member starts.
 
 use std::collections::VecDeque;
 
@@ -13,9 +16,14 @@ use raft::{GetEntriesContext, RaftState, Storage, StorageError, util};
 use super::Configuration;
 use crate::log::{Entry, HardState, Mark};
 
+/// Applied entries are kept up to this many bytes.
+const APPLIED_BYTES_MAX: usize = 4 * 1024 * 1024;
+
 /// Entries `start.index + 1 ..= last_index()`, and the newest hard state.
 pub struct LogCache {
     start: Mark,
+    /// Data of all entries held.
+    bytes: usize,
     entries: VecDeque<eraftpb::Entry>,
     hard_state: HardState,
     configuration: ConfState,
@@ -28,10 +36,11 @@ impl LogCache {
         hard_state: HardState,
         configuration: &Configuration,
     ) -> LogCache {
-        let entries = entries.iter().map(to_raft).collect();
+        let entries: VecDeque<_> = entries.iter().map(to_raft).collect();
+        let bytes = entries.iter().map(size).sum();
         let configuration =
             ConfState::from((configuration.voters.clone(), configuration.learners.clone()));
-        LogCache { start, entries, hard_state, configuration }
+        LogCache { start, bytes, entries, hard_state, configuration }
     }
 
     pub(super) fn last_index(&self) -> u64 {
@@ -43,8 +52,10 @@ impl LogCache {
     pub(super) fn append(&mut self, entries: &[Entry]) {
         let Some(first) = entries.first() else { return };
         let kept = first.index.saturating_sub(self.start.index + 1);
-        self.entries.truncate(usize::try_from(kept).unwrap_or(usize::MAX));
+        let kept = usize::try_from(kept).unwrap_or(usize::MAX).min(self.entries.len());
+        self.bytes -= self.entries.drain(kept..).map(|entry| size(&entry)).sum::<usize>();
         self.entries.extend(entries.iter().map(to_raft));
+        self.bytes += entries.iter().map(|entry| entry.data.len()).sum::<usize>();
     }
 
     pub(super) fn set_hard_state(&mut self, hard_state: HardState) {
@@ -59,13 +70,16 @@ impl LogCache {
         self.configuration = configuration;
     }
 
-    /// Forgets entries up to `to`; does nothing when they are gone already.
-    pub(super) fn truncate(&mut self, to: Mark) {
-        while self.entries.front().is_some_and(|entry| entry.index <= to.index) {
+    /// Entries up to `applied` are applied: forgets all but the last `keep` of them, and
+    /// those that are too many bytes.
+    pub(super) fn forget_applied(&mut self, applied: u64, keep: u64) {
+        while let Some(first) = self.entries.front()
+            && first.index < applied
+            && (first.index + keep <= applied || self.bytes > APPLIED_BYTES_MAX)
+        {
+            self.start = Mark { index: first.index, term: first.term };
+            self.bytes -= size(first);
             self.entries.pop_front();
-        }
-        if to.index > self.start.index {
-            self.start = to;
         }
     }
 
@@ -125,6 +139,10 @@ impl Storage for LogCache {
     fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
         Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
     }
+}
+
+fn size(entry: &eraftpb::Entry) -> usize {
+    entry.data.len()
 }
 
 fn to_raft(entry: &Entry) -> eraftpb::Entry {

@@ -61,6 +61,8 @@ pub struct Start {
     /// Ticks without a leader before this member campaigns (`--election-timeout`
     /// divided by `--heartbeat-interval`).
     pub election_ticks: usize,
+    /// `--snapshot-catchup-entries`: applied entries kept for a member that is behind.
+    pub catch_up_entries: u64,
     /// `--pre-vote`.
     pub pre_vote: bool,
     /// The newest term, vote and commit on disk.
@@ -146,6 +148,7 @@ pub struct Node {
     /// Numbers of the writes that are handed out and not yet on disk are at most
     /// this; 0 when there is none.
     unpersisted: u64,
+    catch_up_entries: u64,
     /// The hard state changed since the last write.
     hard_state_is_new: bool,
 }
@@ -187,7 +190,13 @@ impl Node {
         };
         config.validate()?;
         let raw = RawNode::new(&config, cache, &drain::logger())?;
-        Ok(Node { raw, role: Role::default(), unpersisted: 0, hard_state_is_new: false })
+        Ok(Node {
+            raw,
+            role: Role::default(),
+            unpersisted: 0,
+            catch_up_entries: start.catch_up_entries,
+            hard_state_is_new: false,
+        })
     }
 
     /// Time went on by one heartbeat interval.
@@ -245,25 +254,16 @@ impl Node {
         self.raw.on_persist_ready(number);
     }
 
-    /// Everything up to `index` is applied.
+    /// Everything up to `index` is applied, of which the last entries are kept.
     pub fn applied(&mut self, index: u64) {
         self.raw.advance_apply_to(index);
-    }
-
-    /// Forgets log entries up to `to`, which a durable checkpoint holds. They are
-    /// no longer there for a member that fell behind.
-    pub fn truncate(&mut self, to: Mark) {
-        self.raw.mut_store().truncate(to);
+        let keep = self.catch_up_entries;
+        self.raw.mut_store().forget_applied(index, keep);
     }
 
     /// The newest committed index.
     pub fn committed(&self) -> u64 {
         self.raw.raft.raft_log.committed
-    }
-
-    /// The term of a log entry that is still in the log.
-    pub fn term_of(&self, index: u64) -> Option<u64> {
-        raft::Storage::term(self.raw.store(), index).ok()
     }
 
     /// What there is to do now; `None` when there is nothing.

@@ -4,6 +4,7 @@ fn lone(hard_state: HardState, start: Mark, entries: Vec<Entry>, applied: u64) -
     Node::new(Start {
         id: 7,
         election_ticks: 10,
+        catch_up_entries: 5,
         pre_vote: true,
         hard_state,
         start,
@@ -129,6 +130,7 @@ fn a_log_that_lost_its_end_is_refused() {
     let start = Start {
         id: 7,
         election_ticks: 10,
+        catch_up_entries: 5,
         pre_vote: true,
         hard_state: HardState { term: 2, vote: 7, commit: 9 },
         start: Mark { index: 3, term: 2 },
@@ -140,17 +142,30 @@ fn a_log_that_lost_its_end_is_refused() {
 }
 
 #[test]
-fn truncation_keeps_what_follows() {
+fn of_applied_entries_the_last_ones_are_kept() {
     let mut node = empty();
     lead(&mut node);
-    for value in 0..10u8 {
+    for value in 0..20u8 {
         node.propose(vec![value]).expect("leader");
     }
     let last = settle(&mut node).last().expect("committed").index;
-    node.truncate(Mark { index: last - 2, term: 1 });
-    assert_eq!(node.term_of(last - 3), None);
-    assert_eq!(node.term_of(last - 2), Some(1), "the term at the cut is kept");
-    assert_eq!(node.term_of(last), Some(1));
+    let term_of = |node: &Node, index| raft::Storage::term(node.raw.store(), index).ok();
+    assert_eq!(term_of(&node, last - 6), None);
+    assert_eq!(term_of(&node, last - 5), Some(1), "the term at the cut is known");
+    assert_eq!(term_of(&node, last), Some(1));
     node.propose(b"more".to_vec()).expect("leader");
     assert_eq!(settle(&mut node).len(), 1);
+}
+
+#[test]
+fn applied_entries_are_kept_up_to_a_size() {
+    let mut node = empty();
+    lead(&mut node);
+    for _ in 0..6 {
+        node.propose(vec![0; 1024 * 1024]).expect("leader");
+        settle(&mut node);
+    }
+    let first = raft::Storage::first_index(node.raw.store()).expect("a first index");
+    let last = raft::Storage::last_index(node.raw.store()).expect("a last index");
+    assert_eq!(last + 1 - first, 4, "4 MiB");
 }

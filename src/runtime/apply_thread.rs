@@ -18,6 +18,7 @@ use tokio::sync::oneshot;
 
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
+use super::hashes::{HashJob, HashQueue};
 use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
@@ -73,6 +74,11 @@ pub struct ApplyThread {
     pub leases: Arc<LeaseClock>,
     /// Revisions that readers need.
     pub pins: Arc<Pins>,
+    /// The log's last index when this member started. Compactions up to there were
+    /// hashed in an earlier life, if at all, as in etcd.
+    pub recovered_index: u64,
+    /// Where compactions are hashed.
+    pub hashes: HashQueue,
     /// Where cuts go.
     pub checkpointer: Checkpointer,
     /// How fast to compact.
@@ -121,8 +127,14 @@ struct Applied {
 }
 
 impl ApplyThread {
-    /// Runs until told to stop, or until an entry cannot be understood.
+    /// Runs until told to stop, or until an entry cannot be understood. Whoever waits then
+    /// is told.
     pub fn run(mut self) {
+        self.run_until_stopped();
+        self.waiters.fail_all(&Error::Stopped);
+    }
+
+    fn run_until_stopped(&mut self) {
         // What was recovered may hold versions that a compaction had yet to remove.
         let mut progress =
             Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() };
@@ -227,6 +239,13 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_bytes());
+        if last.index > self.recovered_index {
+            for hash in std::mem::take(&mut effects.compactions) {
+                // Pinned before anything it reads can be removed.
+                let pin = self.pins.pin(hash.floor());
+                self.hashes.push(HashJob { hash, pin });
+            }
+        }
         drop(state);
 
         self.published.set_applied(last.index, last.term);

@@ -9,7 +9,7 @@
 //!                                       last batch: leases, members, head with A     │ write (atomic)
 //!                                       the store's file                             │ fsync  → A is durable
 //!                                       records that compaction removed              │ delete
-//! raft thread    ◀── truncate the log to min(A − catch-up entries, the snapshot before) ┘
+//! log thread     ◀── truncate to the last snapshot ≤ A − catch-up entries ─────────────┘
 //! ```
 //!
 //! Invariants:
@@ -20,6 +20,7 @@
 //!   removed them has happened.
 //! * The log is truncated only to what a durable checkpoint has passed.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender};
@@ -29,10 +30,11 @@ use parking_lot::RwLock;
 use tokio::sync::oneshot;
 
 use super::fault::Fault;
+use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
-use super::raft_thread::RaftInput;
 use super::records;
+use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::state::{Cut, StateMachine};
 use crate::storage::{Generations, Storage, StorageError};
@@ -171,8 +173,8 @@ pub struct CheckpointThread {
     pub pins: Arc<Pins>,
     /// What the thread is told.
     pub tasks: Receiver<CheckpointTask>,
-    /// Whom to tell what the log no longer needs to hold.
-    pub raft: Sender<RaftInput>,
+    /// Where the log is told what it no longer needs to hold.
+    pub log: Sender<LogTask>,
     /// Told the checkpoint's size.
     pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
@@ -181,8 +183,9 @@ pub struct CheckpointThread {
     pub full: Arc<AtomicBool>,
     /// `--snapshot-catchup-entries`.
     pub catch_up_entries: u64,
-    /// The log is kept back to the snapshot before the last one.
-    pub previous_snapshot: u64,
+    /// Snapshots that the log still reaches back to, oldest first: the places to
+    /// truncate it at.
+    pub snapshots: VecDeque<Mark>,
     /// Set when the server stops: then a full store is not waited for.
     pub stopping: Arc<AtomicBool>,
     /// Where a fatal error goes.
@@ -240,15 +243,24 @@ impl CheckpointThread {
         if reason == CutReason::Snapshot {
             self.metrics.debugging_snap_save_total_duration_seconds.observe(took);
             tracing::info!(snapshot_index = index, "saved snapshot");
-            let keep = index.saturating_sub(self.catch_up_entries);
-            let to = keep.min(self.previous_snapshot);
-            self.previous_snapshot = index;
-            if to > 0 {
-                // The raft thread may have stopped already.
-                let _ = self.raft.send(RaftInput::Truncate(to));
-            }
+            self.truncate(Mark { index, term: cut.head.applied_term });
         }
         Ok(())
+    }
+
+    /// A snapshot is durable. Truncates the log to the newest one that is as far behind
+    /// it as a member may be that catches up from the log.
+    fn truncate(&mut self, snapshot: Mark) {
+        self.snapshots.push_back(snapshot);
+        let keep = snapshot.index.saturating_sub(self.catch_up_entries);
+        let mut to = None;
+        while let Some(mark) = self.snapshots.pop_front_if(|mark| mark.index <= keep) {
+            to = Some(mark);
+        }
+        if let Some(to) = to {
+            // When the server stops, the log may have stopped already.
+            let _ = self.log.send(LogTask::Truncate(to));
+        }
     }
 
     /// Nothing is lost while the disk is full: the log holds what the checkpoint lacks,

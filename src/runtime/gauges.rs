@@ -66,7 +66,7 @@ impl Gauges {
             self.set_members(&mut seen, &members);
             self.set_alarms(&mut seen, &state.alarms(AlarmType::None));
         }
-        metrics.mvcc_db_open_read_transactions.set(signed(self.pins.len() as u64));
+        metrics.mvcc_db_open_read_transactions.set(signed(self.pins.readers() as u64));
         // Users and roles have not changed since there were none.
         metrics.debugging_auth_revision.set(1);
 

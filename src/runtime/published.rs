@@ -1,7 +1,7 @@
 //! What the raft and apply threads tell everybody else.
 //!
-//! Plain numbers that anyone may read at any time, and two of them as watches for
-//! those who wait: the role (is there a leader?) and the applied index.
+//! Plain numbers that anyone may read at any time, and watches for those who wait: the
+//! role (is there a leader?), the applied index, and the end of it all.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -9,14 +9,16 @@ use tokio::sync::watch;
 
 use crate::raft::Role;
 
-/// See the module documentation. Written by the raft thread (`role`, `committed`)
-/// and by the apply thread (`applied`, `applied_term`).
+/// See the module documentation. Written by the raft thread (`role`, `committed`,
+/// `stopped`) and by the apply thread (`applied`, `applied_term`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.
     pub role: watch::Sender<Role>,
     /// The newest index whose entry is applied and visible.
     pub applied: watch::Sender<u64>,
+    /// Whether raft has ended: nothing is committed or confirmed any more.
+    pub stopped: watch::Sender<bool>,
     applied_term: AtomicU64,
     committed: AtomicU64,
     lone_leader: AtomicBool,
@@ -30,6 +32,7 @@ impl Published {
         Published {
             role: watch::Sender::new(Role::default()),
             applied: watch::Sender::new(applied),
+            stopped: watch::Sender::new(false),
             applied_term: AtomicU64::new(applied_term),
             committed: AtomicU64::new(applied),
             lone_leader: AtomicBool::new(false),
@@ -77,6 +80,12 @@ impl Published {
 
     pub(super) fn set_lone_leader(&self, lone_leader: bool) {
         self.lone_leader.store(lone_leader, Ordering::Release);
+    }
+
+    /// Told by the raft thread when it ends.
+    pub(super) fn set_stopped(&self) {
+        self.set_lone_leader(false);
+        self.stopped.send_replace(true);
     }
 
     pub(super) fn set_committed(&self, index: u64) {

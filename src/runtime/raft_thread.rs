@@ -9,7 +9,7 @@
 //!   engine ──Propose, ReadIndex──▶┐             ┌──▶ log thread ──Persisted──┐
 //!   log ─────Persisted───────────▶├─ mailbox ─▶ raft                         │
 //!   apply ───Applied─────────────▶│             └──▶ apply thread ─Applied───┤
-//!   checkpoint ──Truncate────────▶┘◀─────────────────────────────────────────┘
+//!                                 └◀─────────────────────────────────────────┘
 //! ```
 //!
 //! Mailboxes are unbounded channels whose content is bounded elsewhere: proposals by
@@ -32,7 +32,6 @@ use super::log_thread::LogTask;
 use super::published::Published;
 use super::waiters::Waiters;
 use crate::error::Error;
-use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::raft::{Effects, Node, RaftError, Refused, Role};
 
@@ -62,9 +61,6 @@ pub enum RaftInput {
     Persisted(u64),
     /// All entries up to this index are applied.
     Applied(u64),
-    /// A durable checkpoint holds everything up to this index, and nobody needs it
-    /// from the log any more.
-    Truncate(u64),
     /// Stop. What is in the mailbox behind it is dropped.
     Stop,
 }
@@ -106,9 +102,14 @@ impl RaftThread {
         if let Err(error) = self.run_until_stopped() {
             self.fault.raise("raft", error);
         }
-        // Whoever is told nothing any more would wait for ever.
+        // From here on nobody can ask anything. Who asked before and has no answer gets one
+        // from the apply thread when that has come to its end.
+        drop(self.mailbox);
+        self.published.set_stopped();
         let _ = self.log.send(LogTask::Stop);
-        let _ = self.apply.send(ApplyTask::Stop);
+        if self.apply.send(ApplyTask::Stop).is_err() {
+            self.waiters.fail_all(&Error::Stopped);
+        }
     }
 
     fn run_until_stopped(&mut self) -> Result<(), RaftError> {
@@ -160,13 +161,6 @@ impl RaftThread {
             RaftInput::ReadIndex(reply) => reads.queue.push(reply),
             RaftInput::Persisted(number) => self.node.persisted(number),
             RaftInput::Applied(index) => self.node.applied(index),
-            RaftInput::Truncate(index) => {
-                if let Some(term) = self.node.term_of(index) {
-                    let to = Mark { index, term };
-                    self.node.truncate(to);
-                    let _ = self.log.send(LogTask::Truncate(to));
-                }
-            }
             RaftInput::Stop => {}
         }
     }

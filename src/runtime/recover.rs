@@ -218,6 +218,7 @@ fn start(state: &StateMachine, recovered: Recovered) -> Start {
     Start {
         id: recovered.identity.member_id,
         election_ticks: 0,
+        catch_up_entries: 0,
         pre_vote: true,
         hard_state: recovered.hard_state,
         start: recovered.start,

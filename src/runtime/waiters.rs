@@ -106,9 +106,4 @@ impl Waiters {
             let _ = waiter.send(Err(error.clone()));
         }
     }
-
-    /// How many proposals wait.
-    pub fn len(&self) -> usize {
-        self.waiting.lock().senders.len()
-    }
 }

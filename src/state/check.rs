@@ -31,12 +31,10 @@ use std::ops::Bound::{Excluded, Included, Unbounded};
 use bytes::Bytes;
 
 use crate::error::Error;
-use crate::lease::MAX_TTL_SECS;
 use crate::pb::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::pb::etcdserverpb::request_op::Request;
 use crate::pb::etcdserverpb::{
-    CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, PutRequest, RangeRequest, RequestOp,
-    TxnRequest,
+    CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
 };
 
 /// What a stored key costs beyond its key and value, in bytes, in the eyes of the quota.
@@ -112,12 +110,6 @@ pub fn check_compaction(
         return Err(Error::FutureRevision);
     }
     Ok(())
-}
-
-/// Checks a lease grant: the time to live. One that is too small, even negative, is
-/// not an error; it is raised (see [`crate::lease::granted_ttl_secs`]).
-pub fn check_lease_grant(request: &LeaseGrantRequest) -> Result<(), Error> {
-    if request.ttl > MAX_TTL_SECS { Err(Error::LeaseTtlTooLarge) } else { Ok(()) }
 }
 
 /// Whether a transaction can be answered without going through the log: every

@@ -204,14 +204,6 @@ fn a_compaction_lies_between_the_last_one_and_now() {
 }
 
 #[test]
-fn only_a_ttl_that_is_too_long_is_refused() {
-    let check = |ttl| check_lease_grant(&LeaseGrantRequest { ttl, id: 0 });
-    assert_eq!(check(9_000_000_000), Ok(()));
-    assert_eq!(check(9_000_000_001), Err(Error::LeaseTtlTooLarge));
-    assert_eq!(check(-1), Ok(()));
-}
-
-#[test]
 fn transactions_are_told_apart_for_reading() {
     let serializable = || {
         range_with(RangeRequest { key: bytes("k"), serializable: true, ..RangeRequest::default() })

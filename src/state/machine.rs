@@ -20,7 +20,7 @@ use super::txn::{self, Ranges};
 use crate::error::Error;
 use crate::lease::{Lease, Lessor};
 use crate::log::Mark;
-use crate::mvcc::{Change, KeyRange, RangeEnd, Revision, Store};
+use crate::mvcc::{Change, HashKv, KeyRange, RangeEnd, Revision, Store};
 use crate::pb::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
     DeleteRangeResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeResponse, PutResponse,
@@ -63,12 +63,14 @@ pub enum LeaseChange {
 }
 
 /// What applying led to besides outcomes. Collected over many entries.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Effects {
     /// Changes of keys in revision order, for watchers.
     pub changes: Vec<Change>,
     /// Leases that came or went.
     pub leases: Vec<LeaseChange>,
+    /// Hashes of compactions, begun just before these took effect.
+    pub compactions: Vec<HashKv>,
 }
 
 /// What changed since the last cut, for the checkpoint.
@@ -275,9 +277,11 @@ impl StateMachine {
                 self.note(changes, effects);
                 Ok(Response::Txn(response))
             }
-            Request::Compaction(CompactionRequest { revision, .. }) => self.compact(revision),
+            Request::Compaction(CompactionRequest { revision, .. }) => {
+                self.compact(revision, effects)
+            }
             Request::AutoCompact(request) if request.term == entry.term => {
-                self.compact(request.revision)
+                self.compact(request.revision, effects)
             }
             Request::LeaseGrant(request) => self.grant(request, effects),
             Request::LeaseRevoke(request) => {
@@ -347,8 +351,10 @@ impl StateMachine {
         }
     }
 
-    fn compact(&mut self, revision: i64) -> Outcome {
+    fn compact(&mut self, revision: i64, effects: &mut Effects) -> Outcome {
+        let hash = self.store.hash_kv_begin(revision);
         self.store.compact(revision)?;
+        effects.compactions.push(hash);
         self.dirty.rest = true;
         let response = CompactionResponse { header: header(self.store.revision()) };
         Ok(Response::Compact(response))

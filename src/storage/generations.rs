@@ -5,19 +5,29 @@
 //! synced, and then named in the file `CURRENT`, which is replaced atomically.
 //!
 //! ```text
+//! member/LOCK        held while a server has the member open
 //! member/CURRENT     "ckpt-3\n"
 //! member/ckpt-3/     counts
 //! member/ckpt-4/     being filled; a crash now leaves it behind, and it is removed
 //! ```
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use super::sled_storage::{LOCK_PATIENCE, LOCK_RETRY};
 use super::{MemoryStorage, SledStorage, Storage, StorageError};
 
 /// The file that names the checkpoint that counts.
 const CURRENT: &str = "CURRENT";
+/// The file that is locked while a server has the member open.
+const LOCK: &str = "LOCK";
 
 /// Makes the checkpoint after the current one.
 pub trait Generations: Send {
@@ -41,6 +51,9 @@ pub trait Generations: Send {
 pub struct DiskGenerations {
     member_dir: PathBuf,
     number: u64,
+    /// Without it, a second server would take what the first is filling for a leftover.
+    /// The kernel gives it up with the descriptor.
+    _lock: File,
 }
 
 impl DiskGenerations {
@@ -51,7 +64,11 @@ impl DiskGenerations {
     /// # Errors
     /// See [`StorageError`].
     pub fn open(member_dir: &Path) -> Result<(DiskGenerations, SledStorage, bool), StorageError> {
-        let mut generations = DiskGenerations { member_dir: member_dir.to_owned(), number: 0 };
+        let mut generations = DiskGenerations {
+            member_dir: member_dir.to_owned(),
+            number: 0,
+            _lock: lock(member_dir)?,
+        };
         let current = member_dir.join(CURRENT);
         let named = match fs::read_to_string(&current) {
             Ok(text) => Some(text),
@@ -108,6 +125,26 @@ impl DiskGenerations {
         file.sync_all()?;
         fs::rename(&temporary, self.member_dir.join(CURRENT))?;
         File::open(&self.member_dir)?.sync_all()
+    }
+}
+
+/// Locks a member's directory, waiting a little for one whose server is just ending.
+fn lock(member_dir: &Path) -> Result<File, StorageError> {
+    let failed =
+        |action, source: io::Error| StorageError::Io { dir: member_dir.to_owned(), action, source };
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(member_dir.join(LOCK)).map_err(|error| failed("open LOCK", error))?;
+    let begun = Instant::now();
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => thread::sleep(LOCK_RETRY),
+            Err(Errno::WOULDBLOCK) => {
+                return Err(StorageError::Locked { dir: member_dir.to_owned() });
+            }
+            Err(error) => return Err(failed("lock LOCK", error.into())),
+        }
     }
 }
 
@@ -203,10 +240,23 @@ mod tests {
     }
 
     #[test]
+    fn what_one_server_fills_is_no_leftover_to_another() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (mut generations, storage, _) = DiskGenerations::open(dir.path()).expect("open");
+        generations.switch().expect("switch");
+        let next = generations.begin().expect("begin");
+        let error = DiskGenerations::open(dir.path()).err().expect("it is in use");
+        assert!(matches!(error, StorageError::Locked { .. }), "{error}");
+        assert!(dir.path().join("ckpt-2").is_dir(), "what is being filled is still there");
+        drop((generations, storage, next));
+        DiskGenerations::open(dir.path()).expect("it is free again");
+    }
+
+    #[test]
     fn a_missing_checkpoint_is_named() {
         let dir = tempfile::tempdir().expect("a directory");
         fs::write(dir.path().join(CURRENT), "ckpt-7\n").expect("write");
-        let error = DiskGenerations::open(dir.path()).err().expect("it is missing").to_string();
+        let error = DiskGenerations::open(dir.path()).expect_err("it is missing").to_string();
         assert!(error.contains("ckpt-7"), "{error}");
     }
 }

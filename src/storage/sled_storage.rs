@@ -58,8 +58,8 @@ const CACHE_BYTES: u64 = 16 << 20;
 /// How often sled's thread cleans up, in milliseconds.
 const CLEAN_EVERY_MS: u64 = 500;
 /// How long to wait for the lock of a process that was just killed.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_RETRY: Duration = Duration::from_millis(20);
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+pub(super) const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// A [`Storage`] in a directory of its own.
 #[derive(Debug)]

@@ -66,8 +66,7 @@ async fn changes_of_members_are_refused_in_etcds_words_first() {
 async fn leadership_moves_to_the_leader_only() {
     let rig = start().await;
     let here = only_member(&rig).await.id;
-    let to =
-        async |target_id| rig.maintenance().move_leader(MoveLeaderRequest { target_id }).await;
+    let to = async |target_id| rig.maintenance().move_leader(MoveLeaderRequest { target_id }).await;
     assert!(to(here).await.unwrap().into_inner().header.is_none());
     refused(to(here ^ 1).await, Code::FailedPrecondition, "etcdserver: bad leader transferee");
 }

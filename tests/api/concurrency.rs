@@ -282,9 +282,11 @@ async fn a_candidate_whose_client_goes_away_leaves_the_queue() {
 async fn observers_see_every_value_of_every_leader() {
     let rig = start().await;
     let request = LeaderRequest { name: "chief".into() };
-    let mut observed = elections(&rig).observe(request).await.unwrap().into_inner();
+    let mut observer = elections(&rig);
+    let observing = tokio::spawn(async move { observer.observe(request).await });
     let (one, two) = (rig.grant(100).await, rig.grant(100).await);
     let first = done(campaign(&rig, one, "a")).await.unwrap().leader.unwrap();
+    let mut observed = done(observing).await.unwrap().into_inner();
     let mut next = async || {
         let answer = soon("a leader's value", observed.message()).await.unwrap().unwrap();
         assert!(answer.header.is_some());

@@ -2,7 +2,7 @@
 //! it takes for granted about the answers.
 
 use kvorum::pb::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
-use kvorum::pb::etcdserverpb::range_request::SortTarget;
+use kvorum::pb::etcdserverpb::range_request::SortOrder;
 use kvorum::pb::etcdserverpb::{
     Compare, PutRequest, RangeRequest, RangeResponse, StatusRequest, WatchCreateRequest,
 };
@@ -273,7 +273,7 @@ async fn an_expired_lease_deletes_its_keys_in_one_revision_with_events() {
     let lease = rig.grant(1).await;
     rig.put_leased("/registry/events/b", "2", lease).await;
     let last = rig.put_leased("/registry/events/a", "1", lease).await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let create =
         WatchCreateRequest { prev_kv: true, ..watch_prefix("/registry/events/", last + 1) };
     watches.create(create).await;
@@ -370,7 +370,7 @@ async fn a_streamed_list_is_the_list_in_pieces() {
 #[tokio::test]
 async fn a_streamed_list_has_no_sort_orders_or_filters() {
     let rig = start().await;
-    let sorted = RangeRequest { sort_target: SortTarget::Mod.into(), ..list_request(PODS) };
+    let sorted = RangeRequest { sort_order: SortOrder::Descend.into(), ..list_request(PODS) };
     refused(
         rig.kv().range_stream(sorted).await,
         Code::Unimplemented,
@@ -390,7 +390,7 @@ async fn a_streamed_list_has_no_sort_orders_or_filters() {
 async fn a_resource_watch_tells_all_changes_with_what_they_replaced() {
     let rig = start().await;
     let listed = rig.put(&pod(0), "v0").await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let create = WatchCreateRequest {
         prev_kv: true,
         progress_notify: true,
@@ -425,7 +425,7 @@ async fn a_resource_watch_tells_all_changes_with_what_they_replaced() {
 async fn a_watch_from_the_current_revision_begins_with_it() {
     let rig = start().await;
     let current = rig.put("compact_rev_key", "1").await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let create = WatchCreateRequest {
         key: "compact_rev_key".into(),
         start_revision: current,
@@ -444,7 +444,7 @@ async fn what_a_catching_up_watch_replaced_is_told_although_it_is_compacted() {
     let start = rig.put(&pod(0), "v2").await;
     rig.put(&pod(0), "v3").await;
     rig.compact(start).await.unwrap();
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let create = WatchCreateRequest { prev_kv: true, ..watch_prefix(PODS, start) };
     watches.create(create).await;
     let previous: Vec<_> =

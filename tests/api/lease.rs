@@ -95,7 +95,7 @@ async fn a_revoked_lease_takes_its_keys_along_in_one_revision() {
         rig.put_leased(key, "v", id).await;
     }
     let before = rig.revision().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     watches.create(watch_prefix("k/", 0)).await;
     let revoke = || async { rig.leases().lease_revoke(LeaseRevokeRequest { id }).await };
     let response = revoke().await.unwrap().into_inner();

@@ -22,6 +22,7 @@ use kvorum::pb::mvccpb::{Event, KeyValue};
 use kvorum::{Config, Server};
 use prost::Message as _;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Code, Status, Streaming};
@@ -214,8 +215,8 @@ impl Rig {
         self.leases().lease_grant(request).await.unwrap().into_inner().id
     }
 
-    pub(crate) async fn watches(&self) -> Watches {
-        Watches::open(self.channel.clone()).await
+    pub(crate) fn watches(&self) -> Watches {
+        Watches::open(self.channel.clone())
     }
 }
 
@@ -223,7 +224,14 @@ impl Rig {
 pub(crate) struct Watches {
     /// `None` after a half-close.
     requests: Option<mpsc::Sender<WatchRequest>>,
-    responses: Streaming<WatchResponse>,
+    responses: Responses,
+}
+
+/// etcd sends nothing before it has something to say, not even that the call is
+/// accepted: so the call is still on its way when the first request is sent.
+enum Responses {
+    Opening(JoinHandle<Result<tonic::Response<Streaming<WatchResponse>>, Status>>),
+    Open(Box<Streaming<WatchResponse>>),
 }
 
 /// An event without what most tests do not look at.
@@ -246,14 +254,11 @@ pub(crate) fn watch_prefix(prefix: &str, start_revision: i64) -> WatchCreateRequ
 }
 
 impl Watches {
-    pub(crate) async fn open(channel: Channel) -> Watches {
+    pub(crate) fn open(channel: Channel) -> Watches {
         let (requests, stream) = mpsc::channel(8);
-        let responses = WatchClient::new(channel)
-            .watch(ReceiverStream::new(stream))
-            .await
-            .unwrap()
-            .into_inner();
-        Watches { requests: Some(requests), responses }
+        let mut client = WatchClient::new(channel);
+        let opening = tokio::spawn(async move { client.watch(ReceiverStream::new(stream)).await });
+        Watches { requests: Some(requests), responses: Responses::Opening(opening) }
     }
 
     pub(crate) async fn send(&self, union: RequestUnion) {
@@ -266,7 +271,12 @@ impl Watches {
     }
 
     pub(crate) async fn next(&mut self) -> WatchResponse {
-        let response = soon("a watch response", self.responses.message()).await.unwrap().unwrap();
+        if let Responses::Opening(opening) = &mut self.responses {
+            let opened = soon("the watch stream to open", opening).await.unwrap().unwrap();
+            self.responses = Responses::Open(Box::new(opened.into_inner()));
+        }
+        let Responses::Open(responses) = &mut self.responses else { panic!("just opened") };
+        let response = soon("a watch response", responses.message()).await.unwrap().unwrap();
         assert!(response.header.is_some(), "clients follow the header without looking");
         response
     }

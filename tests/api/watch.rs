@@ -14,7 +14,7 @@ use crate::rig::{
 #[tokio::test]
 async fn creates_are_answered_in_order_with_ids_of_their_own() {
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     for id in 0..3 {
         let created = watches.create(watch_prefix("a/", 0)).await;
         assert_eq!((created.watch_id, created.canceled), (id, false));
@@ -33,7 +33,7 @@ async fn creates_are_answered_in_order_with_ids_of_their_own() {
 #[tokio::test]
 async fn ranges_without_keys_and_negative_revisions_are_refused_on_the_stream() {
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let empty = WatchCreateRequest {
         key: "b".into(),
         range_end: "a".into(),
@@ -54,7 +54,7 @@ async fn ranges_without_keys_and_negative_revisions_are_refused_on_the_stream() 
 async fn events_of_one_revision_come_in_one_response() {
     let rig = start().await;
     rig.put("a/3", "old").await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     watches.create(watch_prefix("a/", 0)).await;
     let ops = vec![put_op("a/2", "x"), put_op("a/1", "y"), delete_op("a/3"), put_op("b", "z")];
     let txn = rig.txn(mod_revision_is("none", 0), ops, Vec::new()).await;
@@ -80,7 +80,7 @@ async fn a_watch_from_the_past_gets_everything_once_and_in_order() {
     for number in 0..300 {
         expected.push(rig.put(&format!("a/{}", number % 7), "v").await);
     }
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     watches.create(watch_prefix("a/", expected[50])).await;
     for number in 0..100 {
         expected.push(rig.put(&format!("a/{}", number % 7), "v").await);
@@ -93,7 +93,7 @@ async fn a_watch_from_the_past_gets_everything_once_and_in_order() {
 async fn a_watch_from_the_future_waits_for_it() {
     let rig = start().await;
     let now = rig.revision().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let created = watches.create(watch_prefix("a/", now + 3)).await;
     assert!(!created.canceled);
     // No watcher on the stream is there yet: no progress to tell.
@@ -113,7 +113,7 @@ async fn a_start_before_the_compaction_is_cancelled_after_it_was_created() {
     }
     let compacted = rig.revision().await - 1;
     rig.compact(compacted).await.unwrap();
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     let created = watches.create(watch_prefix("a/", compacted - 1)).await;
     assert!(!created.canceled);
     let cancelled = watches.next().await;
@@ -130,7 +130,7 @@ async fn a_start_before_the_compaction_is_cancelled_after_it_was_created() {
 #[tokio::test]
 async fn a_cancelled_watch_is_silent_and_an_unknown_id_is_ignored() {
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     watches.create(watch_prefix("a/", 0)).await;
     watches.create(watch_prefix("b/", 0)).await;
     watches.cancel(17).await;
@@ -147,7 +147,7 @@ async fn a_cancelled_watch_is_silent_and_an_unknown_id_is_ignored() {
 #[tokio::test]
 async fn filters_leave_out_what_is_not_wanted() {
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     for filter in [FilterType::Noput, FilterType::Nodelete] {
         let filters = vec![filter.into()];
         watches.create(WatchCreateRequest { filters, ..watch_prefix("a/", 0) }).await;
@@ -169,7 +169,7 @@ async fn filters_leave_out_what_is_not_wanted() {
 async fn previous_values_come_only_when_asked_for() {
     let rig = start().await;
     rig.put("a/k", "1").await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     for prev_kv in [false, true] {
         watches.create(WatchCreateRequest { prev_kv, ..watch_prefix("a/", 0) }).await;
     }
@@ -191,7 +191,7 @@ async fn only_a_client_that_can_join_fragments_gets_them() {
         rig.put(key, &value).await;
     }
     for fragment in [false, true] {
-        let mut watches = rig.watches().await;
+        let mut watches = rig.watches();
         let create = WatchCreateRequest { fragment, prev_kv: true, ..watch_prefix("a/", 0) };
         watches.create(create).await;
         let revision = rig.delete("a/", "a0").await;
@@ -216,7 +216,7 @@ async fn only_a_client_that_can_join_fragments_gets_them() {
 #[tokio::test]
 async fn progress_is_told_at_once() {
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     // Without a watcher there is nothing to tell.
     watches.request_progress().await;
     watches.create(watch_prefix("a/", 0)).await;
@@ -238,7 +238,7 @@ async fn progress_is_told_at_once() {
 #[tokio::test]
 async fn progress_comes_to_tell_every_revision() {
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     watches.create(watch_prefix("a/", 0)).await;
     let revision = rig.put("b", "v").await;
     soon("progress to reach the last write", async {
@@ -256,7 +256,7 @@ async fn progress_comes_to_tell_every_revision() {
 async fn progress_is_never_ahead_of_the_events() {
     const WRITES: usize = 400;
     let rig = start().await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     // Two watchers: progress counts for the stream, so for both.
     watches.create(watch_prefix("a/", 0)).await;
     watches.create(watch_prefix("a/", 1)).await;
@@ -304,7 +304,7 @@ async fn quiet_watches_that_want_it_are_told_how_far_they_are() {
         ..Config::in_memory()
     };
     let rig = start_with(config).await;
-    let mut watches = rig.watches().await;
+    let mut watches = rig.watches();
     watches.create(watch_prefix("a/", 0)).await;
     let create = WatchCreateRequest { progress_notify: true, ..watch_prefix("a/", 0) };
     watches.create(create).await;
@@ -326,7 +326,7 @@ async fn a_client_that_is_done_asking_keeps_its_watches() {
     let rig = start().await;
     let url = rig.server.client_urls()[0].to_string();
     let channel = tonic::transport::Endpoint::from_shared(url).unwrap().connect().await.unwrap();
-    let mut watches = Watches::open(channel).await;
+    let mut watches = Watches::open(channel);
     watches.create(watch_prefix("a/", 0)).await;
     watches.half_close();
     for value in ["1", "2", "3"] {
@@ -338,9 +338,9 @@ async fn a_client_that_is_done_asking_keeps_its_watches() {
 #[tokio::test]
 async fn a_slow_client_misses_nothing_and_holds_nobody_up() {
     let rig = start().await;
-    let mut slow = rig.watches().await;
+    let mut slow = rig.watches();
     slow.create(watch_prefix("a/", 0)).await;
-    let mut quick = rig.watches().await;
+    let mut quick = rig.watches();
     quick.create(watch_prefix("a/", 0)).await;
     // More than any queue between server and client holds.
     let value = "v".repeat(64 << 10);

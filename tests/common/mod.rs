@@ -8,6 +8,7 @@
 //!   message as JSON.
 //! * [`http`]: an HTTP/1.1 client of a hundred lines.
 //! * [`process`]: any process, with exactly the arguments given.
+//! * [`accepted`]: where kvorum differs from etcd on purpose.
 //! * [`mask`]: takes out of an answer what two correct servers cannot agree on.
 //! * [`scrape`]: reads `/metrics`.
 //! * [`rng`]: the random numbers of the seeded tests.
@@ -19,6 +20,7 @@
 #![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
 
+pub(crate) mod accepted;
 pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod judge;

@@ -214,18 +214,20 @@ fn range(rng: &mut Rng, known: &Known, stream: bool) -> RangeRequest {
     let range_end = range_end(rng, &key);
     // A stream takes neither sort nor filter: mostly do not ask for them.
     let plain = stream && rng.chance(85);
+    let sort_order = match rng.weighted(&[50, 24, 24, 2]) {
+        _ if plain => 0,
+        3 => rng.pick(&[3, -1, 77]),
+        order => order as i32,
+    };
     RangeRequest {
         range_end,
         key,
         limit: if rng.chance(60) { 0 } else { rng.between(-1, 5) },
         revision: revision(rng, known),
-        sort_order: match rng.weighted(&[50, 24, 24, 2]) {
-            _ if plain => 0,
-            3 => rng.pick(&[3, -1, 77]),
-            order => order as i32,
-        },
+        sort_order,
         sort_target: match rng.weighted(&[40, 15, 15, 15, 13, 2]) {
-            _ if plain => 0,
+            // Without an order etcd takes any target, and its stream loses keys.
+            _ if plain || (stream && sort_order == 0) => 0,
             5 => rng.pick(&[5, -1, 77]),
             target => target as i32,
         },

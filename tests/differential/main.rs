@@ -5,7 +5,7 @@
 //! nonsense. Both servers start empty, every answer and every error is compared
 //! field by field, and at the end both are killed, restarted and compared as a
 //! whole. What may differ is masked in `common/mask.rs` and `lockstep.rs`, or
-//! listed with its reason in `accepted.rs`.
+//! listed with its reason in `common/accepted.rs`.
 //!
 //! ```text
 //! cargo test --test differential                                    20 seeds
@@ -19,7 +19,6 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-mod accepted;
 mod gateway;
 mod generate;
 mod lockstep;
@@ -30,7 +29,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use common::rng::Rng;
-use common::{judge, server};
+use common::{accepted, judge, server};
 use generate::Op;
 use lockstep::{Mismatch, Pair, describe};
 use serde_json::Value;
@@ -90,7 +89,7 @@ async fn run(
     let report = |index: usize, recent: &VecDeque<String>, mismatch: Mismatch| {
         let before: Vec<String> = recent.iter().map(|op| format!("    {op}\n")).collect();
         format!(
-            "seed {seed}, operation {index}: {}\n  first difference: {}\n  etcd:   {}\n  kvorum: {}\n  before:\n{}  again:  \
+            "seed {seed}, operation {index}: {}\n  first difference: {}\n  left:  {}\n  right: {}\n  before:\n{}  again:  \
              KVORUM_DIFF_SEEDS={seed}..{} KVORUM_DIFF_OPS={ops} cargo test --test differential random",
             mismatch.operation,
             first_difference(&mismatch.left, &mismatch.right, ""),
@@ -191,5 +190,5 @@ fn accepted_differences_are_those_the_documentation_lists() {
         .collect();
     let accepted: BTreeMap<&str, &str> =
         accepted::ACCEPTED.iter().map(|difference| (difference.name, difference.reason)).collect();
-    assert_eq!(documented, accepted, "left: docs/compatibility.md, right: accepted.rs");
+    assert_eq!(documented, accepted, "left: docs/compatibility.md, right: common/accepted.rs");
 }

@@ -30,7 +30,7 @@ use kvorum::pb::mvccpb::Event;
 use prost::Message as _;
 use serde_json::{Value, json};
 
-use crate::accepted::PREV_KV_COMPACTED;
+use crate::common::accepted::PREV_KV_COMPACTED;
 use crate::common::grpc::{RawStream, Wire};
 use crate::common::mask::Identity;
 use crate::generate::Known;
@@ -496,6 +496,7 @@ impl Half {
 
     fn deliver(&mut self, response: &WatchResponse) -> Result<(), String> {
         let progress = self.progress.last().copied().unwrap_or(0);
+        let header = response.header.as_ref().map_or(0, |header| header.revision);
         let delivered = self.watchers.get_mut(&response.watch_id);
         let delivered = delivered.ok_or("events for a watcher that is not")?;
         let before = delivered.events.last().map_or(0, revision_of);
@@ -511,6 +512,9 @@ impl Half {
             }
             if revision <= progress && delivered.in_progress {
                 return Err("an event comes after progress has passed it".to_owned());
+            }
+            if header < revision {
+                return Err("the header is older than the event".to_owned());
             }
             delivered.events.push(event);
         }

@@ -117,6 +117,10 @@ struct Rig {
 }
 
 fn rig() -> Rig {
+    rig_with(Duration::from_secs(3600))
+}
+
+fn rig_with(slow_unary: Duration) -> Rig {
     let metrics = Metrics::new().unwrap();
     let leader = Arc::new(AtomicBool::new(true));
     let leader_checks = Arc::new(AtomicU32::new(0));
@@ -124,7 +128,7 @@ fn rig() -> Rig {
     let settings = Settings {
         max_message_bytes: LIMIT,
         election_timeout: Duration::from_millis(5),
-        slow_unary: Duration::from_secs(3600),
+        slow_unary,
         has_leader: {
             let (leader, checks) = (leader.clone(), leader_checks.clone());
             Box::new(move || {
@@ -259,6 +263,44 @@ async fn a_call_its_client_gives_up_is_counted_as_cancelled() {
     assert_eq!(rig.handled("Canceled", "etcdserverpb.KV", "Range", "unary"), 0);
     drop(call);
     assert_eq!(rig.handled("Canceled", "etcdserverpb.KV", "Range", "unary"), 1);
+}
+
+/// Where a test's log goes.
+#[derive(Clone, Default)]
+struct Log(Arc<parking_lot::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().extend(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_slow_unary_call_is_worth_a_warning_that_names_it_and_its_client() {
+    for (threshold, warns) in [(Duration::ZERO, true), (Duration::from_secs(3600), false)] {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let _here = tracing::subscriber::set_default(subscriber);
+        let rig = rig_with(threshold);
+        let mut request = put(100).0;
+        let connection = Connection {
+            remote: Some("192.0.2.1:4711".parse().unwrap()),
+            tls: false,
+            peer_common_name: None,
+        };
+        request.extensions_mut().insert(Arc::new(connection));
+        assert_eq!(rig.status(request).await.0, Code::Ok);
+        let text = String::from_utf8(log.0.lock().clone()).unwrap();
+        for part in ["WARN", "request took too long", "/etcdserverpb.KV/Put", "192.0.2.1:4711"] {
+            assert_eq!(text.contains(part), warns, "{part} in {text:?}");
+        }
+    }
 }
 
 #[tokio::test]

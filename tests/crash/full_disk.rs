@@ -1,0 +1,273 @@
+//! The disk is full: writes that take space are refused, or the server stops and says
+//! why; nothing is lost, and it goes on once there is space again.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvorum::pb::etcdserverpb::kv_client::KvClient;
+use kvorum::pb::etcdserverpb::maintenance_client::MaintenanceClient;
+use kvorum::pb::etcdserverpb::{
+    CompactionRequest, DefragmentRequest, DeleteRangeRequest, PutRequest, RangeRequest,
+};
+use tokio::task::JoinHandle;
+use tonic::{Code, Status};
+
+use crate::common::rng::Rng;
+use crate::disk::{self, Disk};
+use crate::history::{Changes, History, PREFIX};
+use crate::load::{Load, Mix};
+use crate::node::{Node, PATIENCE, POLL};
+use crate::{seeded, watcher};
+
+/// The reserve is 96 MiB, the log's segment 64 MiB.
+const DISK_BYTES: u64 = 256 << 20;
+/// Room for three segments and a checkpoint worth making smaller.
+const FILLED_DISK_BYTES: u64 = 448 << 20;
+const NO_SPACE: &str = "etcdserver: mvcc: database space exceeded";
+/// Much of this and there is no space left on the disk.
+const FILL_VALUE_BYTES: usize = 256 << 10;
+/// How long a disk stays full while checkpoints are due every second.
+const FULL_FOR: Duration = Duration::from_millis(2500);
+
+/// A server on a small disk, clients' memory of it, and a watcher.
+struct Rig {
+    node: Node,
+    history: Arc<History>,
+    follower: JoinHandle<()>,
+    rng: Rng,
+    disk: Disk,
+    _directory: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(test: &str, disk: impl FnOnce() -> Disk) -> Option<Rig> {
+        if let Some(reason) = disk::unavailable() {
+            println!("{test}: skipped: {reason}");
+            return None;
+        }
+        let rng = seeded(test);
+        let directory = tempfile::tempdir().unwrap();
+        let disk = disk();
+        let log = directory.path().join("log");
+        let flags = ["--snapshot-count=200", "--snapshot-catchup-entries=10"];
+        let node = Node::new(&disk.path().join("data"), &log, &flags);
+        let history = Arc::new(History::new());
+        let follower = tokio::spawn(watcher::follow(node.channel(), Arc::clone(&history)));
+        Some(Rig { node, history, follower, rng, disk, _directory: directory })
+    }
+
+    async fn load_for(&mut self, time: Duration, mix: Mix) {
+        let load = Load::start(&self.node.channel(), &self.history, mix, &mut self.rng);
+        tokio::time::sleep(time).await;
+        load.stop().await;
+    }
+
+    async fn verify(&mut self) {
+        self.history.verify(self.node.channel(), &mut self.rng).await;
+        assert!(!self.follower.is_finished(), "the watcher has failed");
+        assert!(!self.node.log().contains("panicked"), "{}", self.node.log_tail());
+    }
+
+    async fn put(&self) -> Result<(), Status> {
+        let put = PutRequest {
+            key: format!("{PREFIX}-probe").into(),
+            value: format!("{:?}", Instant::now()).into(),
+            ..Default::default()
+        };
+        self.history.attempt(&put.value);
+        let floor = self.history.told();
+        let changes = Changes::from([(put.key.clone(), Some(put.value.clone()))]);
+        let told = KvClient::new(self.node.channel()).put(put).await?.into_inner();
+        self.history.acknowledge(told.header.expect("a header").revision, floor, changes);
+        Ok(())
+    }
+
+    /// Waits until puts are refused for want of space; `false` if the server stopped.
+    async fn wait_until_refused(&mut self) -> bool {
+        let began = Instant::now();
+        while began.elapsed() < PATIENCE {
+            if self.node.exit_status().is_some() {
+                return false;
+            }
+            match self.put().await {
+                Ok(()) => {}
+                Err(status) if status.message() == NO_SPACE => {
+                    assert_eq!(status.code(), Code::ResourceExhausted);
+                    return true;
+                }
+                Err(status) => println!("while the disk fills: {status}"),
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        panic!("writes go on:\n{}", self.node.log_tail());
+    }
+
+    async fn wait_until_accepted(&mut self) {
+        let began = Instant::now();
+        while let Err(status) = self.put().await {
+            assert!(began.elapsed() < PATIENCE, "{status}\n{}", self.node.log_tail());
+            tokio::time::sleep(POLL).await;
+        }
+    }
+
+    /// All that takes no space is served.
+    async fn check_what_is_still_served(&mut self) {
+        let mut kv = KvClient::new(self.node.channel());
+        let range = RangeRequest { key: format!("{PREFIX}0001").into(), ..Default::default() };
+        kv.range(range).await.expect("reads go on");
+        let delete =
+            DeleteRangeRequest { key: format!("{PREFIX}-none").into(), ..Default::default() };
+        kv.delete_range(delete).await.expect("deletes go on");
+        let revision = self.history.seen();
+        self.history.ask_compaction(revision);
+        let compaction = CompactionRequest { revision, physical: false };
+        kv.compact(compaction).await.expect("compaction goes on");
+        self.history.compacted(revision);
+        assert!(self.node.is_healthy());
+        self.verify().await;
+    }
+
+    /// Another program's file that leaves this much free.
+    fn fill(&self, leave_bytes: u64) -> PathBuf {
+        let path = self.disk.path().join("other");
+        fill(&self.disk.path(), &path, leave_bytes);
+        path
+    }
+}
+
+/// Writes a file until no more than `leave_bytes` are free.
+fn fill(disk: &Path, path: &Path, leave_bytes: u64) {
+    let mut file = File::create(path).unwrap();
+    // Something a file system does not compress away or keep in the inode.
+    let piece = vec![0x5a; 1 << 20];
+    loop {
+        let stat = rustix::fs::statvfs(disk).unwrap();
+        let spare = (stat.f_bavail * stat.f_frsize).saturating_sub(leave_bytes);
+        let bytes = piece.len().min(usize::try_from(spare).unwrap());
+        if bytes == 0 || file.write_all(&piece[..bytes]).is_err() {
+            break;
+        }
+    }
+    // What could not be allocated need not be there.
+    let _ = file.sync_all();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_takes_space_is_refused_until_there_is_some() {
+    let Some(mut rig) = Rig::new("outside", || Disk::ext4(DISK_BYTES)) else { return };
+    rig.node.start();
+    rig.load_for(Duration::from_millis(500), Mix::Everything).await;
+    for leave_bytes in [64 << 20, 8 << 20] {
+        let other = rig.fill(leave_bytes);
+        assert!(rig.wait_until_refused().await, "{}", rig.node.log_tail());
+        rig.load_for(Duration::from_millis(300), Mix::Everything).await;
+        rig.check_what_is_still_served().await;
+        fs::remove_file(other).unwrap();
+        rig.wait_until_accepted().await;
+        rig.load_for(Duration::from_millis(300), Mix::Everything).await;
+        rig.verify().await;
+    }
+    rig.node.kill();
+    rig.node.start();
+    rig.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_filled_by_writing_is_emptied_by_defragmenting() {
+    let Some(mut rig) = Rig::new("inside", || Disk::ext4(FILLED_DISK_BYTES)) else { return };
+    rig.node.start();
+    let mix = Mix::Fill(FILL_VALUE_BYTES);
+    let load = Load::start(&rig.node.channel(), &rig.history, mix, &mut rig.rng);
+    assert!(rig.wait_until_refused().await, "{}", rig.node.log_tail());
+    load.stop().await;
+    rig.check_what_is_still_served().await;
+    let mut maintenance = MaintenanceClient::new(rig.node.channel());
+    maintenance.defragment(DefragmentRequest {}).await.expect("defragments");
+    rig.wait_until_accepted().await;
+    rig.load_for(Duration::from_millis(300), Mix::Everything).await;
+    rig.verify().await;
+    rig.node.kill();
+    rig.node.start();
+    rig.verify().await;
+}
+
+/// The disk is full to the last byte from one moment to the next.
+async fn full_at_once(mut rig: Rig) {
+    rig.node.start();
+    rig.load_for(Duration::from_millis(300), Mix::Everything).await;
+    let mix = Mix::Fill(64 << 10);
+    let load = Load::start(&rig.node.channel(), &rig.history, mix, &mut rig.rng);
+    let other = rig.fill(0);
+    let refused = rig.wait_until_refused().await;
+    if refused {
+        tokio::time::sleep(FULL_FOR).await;
+        load.stop().await;
+        if rig.node.exit_status().is_none() {
+            rig.verify().await;
+        }
+    } else {
+        load.stop().await;
+    }
+    if rig.node.exit_status().is_some() {
+        let status = rig.node.wait_for_exit();
+        assert!(!status.success(), "{status}");
+        assert!(rig.node.log_tail().contains("space"), "{}", rig.node.log_tail());
+        println!("stopped");
+    }
+    fs::remove_file(other).unwrap();
+    if !rig.node.is_running() {
+        rig.node.start();
+    }
+    println!("{}", rig.node.log());
+    rig.wait_until_accepted().await;
+    rig.load_for(Duration::from_millis(1500), Mix::Everything).await;
+    rig.verify().await;
+    rig.node.kill();
+    rig.node.start();
+    rig.verify().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_full_at_once_loses_nothing() {
+    let Some(rig) = Rig::new("at once", || Disk::ext4(DISK_BYTES)) else { return };
+    full_at_once(rig).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_memory_disk_full_at_once_loses_nothing() {
+    let Some(rig) = Rig::new("at once in memory", || Disk::tmpfs(DISK_BYTES)) else { return };
+    full_at_once(rig).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_started_on_a_full_disk_says_so_or_serves() {
+    let Some(mut rig) = Rig::new("started full", || Disk::ext4(DISK_BYTES)) else { return };
+    rig.node.start();
+    rig.load_for(Duration::from_millis(1500), Mix::Everything).await;
+    rig.node.kill();
+    let other = rig.fill(0);
+    rig.node.forget_log();
+    rig.node.spawn();
+    let began = Instant::now();
+    while rig.node.exit_status().is_none() && !rig.node.is_healthy() {
+        assert!(began.elapsed() < PATIENCE, "{}", rig.node.log_tail());
+        std::thread::sleep(POLL);
+    }
+    if rig.node.exit_status().is_some() {
+        assert!(!rig.node.wait_for_exit().success());
+        assert!(rig.node.log().contains("space"), "{}", rig.node.log_tail());
+        println!("refused to start");
+    } else {
+        assert!(rig.wait_until_refused().await, "{}", rig.node.log_tail());
+        rig.verify().await;
+    }
+    fs::remove_file(other).unwrap();
+    if !rig.node.is_running() {
+        rig.node.start();
+    }
+    rig.wait_until_accepted().await;
+    rig.verify().await;
+}
