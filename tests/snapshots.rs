@@ -244,7 +244,7 @@ fn disk_usage_bytes(directory: &Path) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_logs_files_are_used_again() {
     const SEGMENT_BYTES: u64 = 64 << 20;
-    const ROUNDS: usize = 18;
+    const ROUNDS: usize = 20;
     const PUTS_PER_ROUND: usize = 64;
     // Without fsync, because this is about names and sizes, not about speed.
     let home =
@@ -270,7 +270,7 @@ async fn the_logs_files_are_used_again() {
         most = most.max(disk_usage_bytes(&home.wal_dir()));
     }
     let written = home.scrape().value("etcd_disk_wal_write_bytes_total");
-    assert!(written > 4.0 * SEGMENT_BYTES as f64, "only {written} bytes were written");
+    assert!(written > 4.5 * SEGMENT_BYTES as f64, "only {written} bytes were written");
     assert!(most <= 3 * SEGMENT_BYTES, "the log took {most} bytes for {written} written");
 }
 
