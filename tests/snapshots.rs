@@ -218,7 +218,14 @@ async fn very_small_counts_work() {
 /// A member that is restarted more often than it makes snapshots cuts its log all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn restarts_do_not_let_the_log_grow() {
-    let home = Home::new(&["--snapshot-count=100", "--snapshot-catchup-entries=10"]);
+    for catch_up_entries in ["10", "100"] {
+        many_lives(catch_up_entries).await;
+    }
+}
+
+/// Lives of 60 puts each, with a snapshot every 100.
+async fn many_lives(catch_up_entries: &str) {
+    let home = Home::new(&["--snapshot-count=100", "--snapshot-catchup-entries", catch_up_entries]);
     let mut entries = Vec::new();
     for life in 0..8 {
         let mut started = home.start();
