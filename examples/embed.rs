@@ -18,7 +18,9 @@ use kvorum::{Config, Server};
 async fn main() -> Result<(), Box<dyn Error>> {
     let server = Server::start(Config::in_memory()).await?;
     let client = server.client();
-    println!("serving etcd clients at {}, and this program directly", server.client_urls()[0]);
+    for url in server.client_urls() {
+        println!("etcd clients connect to {url}, and this program needs no socket");
+    }
 
     // Put and get.
     let put = client.put("service/a", "10.0.0.1").await?;

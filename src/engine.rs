@@ -45,7 +45,7 @@ use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::watch_hub::HubHandle;
-pub use crate::runtime::watch_hub::WatchStream;
+pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::{RangeScan, Step};
 use crate::state::{Response, StateMachine, check, txn};
 
@@ -534,7 +534,7 @@ impl Engine {
             raft_term: role.term,
             raft_applied_index: applied.index,
             errors,
-            db_size_in_use: in_use,
+            db_size_in_use: in_use.max(1),
             is_learner: false,
             storage_version: self.parts.versions.storage.to_owned(),
             db_size_quota: i64::try_from(quota).unwrap_or(i64::MAX),
@@ -578,7 +578,8 @@ impl Engine {
             let state = self.parts.state.read();
             let store = state.store();
             let at = if revision == 0 { store.revision() } else { revision };
-            if at < store.compact_revision() {
+            // etcd takes a negative revision for one before all others: nothing is hashed.
+            if at > 0 && at < store.compact_revision() {
                 return Err(Error::Compacted);
             }
             if at > store.revision() {

@@ -1,10 +1,11 @@
 //! A server: everything above, put together, started and stopped.
 //!
-//! ```no_run
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let server = kvorum::Server::start(kvorum::Config::in_memory()).await?;
-//! let url = &server.client_urls()[0]; // any etcd client can connect there
-//! server.engine().put(Default::default()).await.ok(); // or call it directly
+//! let urls = server.client_urls(); // any etcd client can connect there
+//! server.client().put("key", "value").await?; // or call it directly
 //! server.shutdown().await?;
 //! # Ok(())
 //! # }
@@ -43,7 +44,7 @@ use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
-use crate::runtime::fault::{Fatal, Fault};
+use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
@@ -58,6 +59,8 @@ use crate::runtime::space::Space;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{HubHandle, WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
+
+pub use crate::runtime::fault::Fatal;
 
 /// Why a server does not start. Each text says what to change.
 #[derive(Debug, thiserror::Error)]
@@ -174,8 +177,23 @@ impl Server {
         &self.metrics_urls
     }
 
-    /// A gRPC channel to this server that uses no socket: for any etcd client crate
-    /// built on tonic. It ends with the server.
+    /// A gRPC channel to this server that uses no socket: for any etcd client crate built on
+    /// tonic. It connects with its first call, within a tokio runtime. When the server has
+    /// stopped, streams end and calls are answered with `Unavailable`.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use kvorum::pb::etcdserverpb::{RangeRequest, kv_client::KvClient};
+    ///
+    /// # let server = kvorum::Server::start(kvorum::Config::in_memory()).await?;
+    /// let mut kv = KvClient::new(server.channel());
+    /// let range = RangeRequest { key: "k".into(), ..Default::default() };
+    /// assert_eq!(kv.range(range).await?.into_inner().count, 0);
+    /// # server.shutdown().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn channel(&self) -> tonic::transport::Channel {
         api::in_process_channel(self.router.clone())
     }
@@ -787,5 +805,20 @@ impl Threads {
         if let Some(checkpointer) = self.checkpointer {
             let _ = checkpointer.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_panics_is_a_fatal_error_and_one_that_ends_is_not() {
+        let fault = Fault::default();
+        spawn("calm", &fault, || {}).unwrap().join().unwrap();
+        assert!(fault.get().is_none());
+        spawn("test", &fault, || panic!("on purpose")).unwrap().join().unwrap_err();
+        let fatal = fault.get().unwrap().to_string();
+        assert!(fatal.starts_with("test: ") && fatal.contains("panicked"), "{fatal}");
     }
 }

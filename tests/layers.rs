@@ -14,7 +14,7 @@ use sources::{Source, library};
 const LEVELS: &[&[&str]] = &[
     &["main", "logging", "systemd"],
     &["server"],
-    &["api"],
+    &["api", "client"],
     &["engine"],
     &["runtime"],
     &["raft", "state"],
@@ -27,6 +27,7 @@ const LEVELS: &[&[&str]] = &[
 const ABSENCES: &[(&str, &[&str], &str)] = &[
     ("api", &["raft", "log", "storage"], "the API knows an engine and what it says"),
     ("engine", &["raft", "log", "storage"], "the engine asks; how it is done is the runtime's"),
+    ("client", &["raft", "log", "storage"], "the client knows an engine and what it says"),
     ("api", &["config"], "flags become plain values in `server`"),
     ("engine", &["config"], "flags become plain values in `server`"),
     ("runtime", &["config"], "flags become plain values in `server`"),

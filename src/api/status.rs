@@ -13,7 +13,7 @@
 //! that retry by code would otherwise treat the two servers differently.
 //!
 //! The Lock and Election services answer every error with `Unknown`, whatever
-//! the table says: see [`unknown`].
+//! the table says: see `unknown` below.
 
 use tonic::{Code, Status};
 

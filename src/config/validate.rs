@@ -227,7 +227,7 @@ impl Config {
     }
 
     /// Checks what matters only when the data directory holds no member yet and one is to
-    /// be made: `--initial-cluster` and `--initial-cluster-state`. [`parse`](super::parse)
+    /// be made: `--initial-cluster` and `--initial-cluster-state`. [`parse`](super::parse())
     /// has done it for configurations it made.
     pub fn validate_new_member(&self) -> Result<(), ConfigErrors> {
         let origins = BTreeMap::new();

@@ -29,8 +29,9 @@
 //! * The responses hold exactly the changes of its range that pass its filters, from its
 //!   start on, in order, each once. A revision is never split over two responses, unless
 //!   the watcher asked for `fragment`.
-//! * `header.revision` of a response with events is the revision of the last event. One
-//!   without events that says R follows every event up to R, and none is lower.
+//! * `header.revision` of a response with events is the revision of the last event or, when
+//!   they were read from history, the position; as in etcd. One without events that says R
+//!   follows every event up to R.
 //! * `created` is the first response, and nothing follows `canceled`.
 //!
 //! Equal calls on equal registries give equal responses in equal order. There is no clock
@@ -255,6 +256,15 @@ struct Batch {
     refused: bool,
 }
 
+/// How a batch becomes responses.
+#[derive(Clone, Copy)]
+struct Sending {
+    /// From this size on a response is split, if its watcher asked for that.
+    fragment_bytes: usize,
+    /// What the header says; `None`: the revision of the last event.
+    header_revision: Option<i64>,
+}
+
 impl<O: Outbox> Watchers<O> {
     /// A registry without streams, to be handed the changes after `position`.
     ///
@@ -445,7 +455,7 @@ impl<O: Outbox> Watchers<O> {
     /// the Live watchers. Earlier ones among them do no harm: every Live watcher that wants
     /// them has them.
     pub fn deliver<'a>(&mut self, changes: impl IntoIterator<Item = &'a Change>, through: i64) {
-        let refused = self.fan_out(None, changes);
+        let refused = self.fan_out(None, changes, None);
         self.position = self.position.max(through);
         for slot in refused {
             self.fall_behind(slot);
@@ -529,7 +539,7 @@ impl<O: Outbox> Watchers<O> {
             }
         }
         let refused: BTreeSet<Slot> =
-            self.fan_out(Some(&index), &page.changes).into_iter().collect();
+            self.fan_out(Some(&index), &page.changes, Some(self.position)).into_iter().collect();
 
         for &(was, slot) in &group {
             let Some(watcher) = self.slab.get_mut(slot) else { continue };
@@ -575,13 +585,16 @@ impl<O: Outbox> Watchers<O> {
     }
 
     /// Pushes `changes` to those watchers of `index` (the Live ones, if `None`) that want
-    /// them, and returns those that had no room: their `next` says what they missed.
+    /// them, and returns those that had no room: their `next` says what they missed. The
+    /// responses say `header_revision`, or the revision of their last event.
     fn fan_out<'a>(
         &mut self,
         index: Option<&Index>,
         changes: impl IntoIterator<Item = &'a Change>,
+        header_revision: Option<i64>,
     ) -> Vec<Slot> {
         let Watchers { slab, live, events, fragment_bytes, .. } = self;
+        let how = Sending { fragment_bytes: *fragment_bytes, header_revision };
         let index = index.unwrap_or(&*live);
         let mut filling: Vec<Slot> = Vec::new();
         for change in changes {
@@ -593,13 +606,13 @@ impl<O: Outbox> Watchers<O> {
                         filling.push(slot);
                     }
                     let event = event.encoded(watcher.prev_kv);
-                    *events += watcher.fill(event, change.revision.main, *fragment_bytes);
+                    *events += watcher.fill(event, change.revision.main, how);
                 }
             });
         }
         filling.retain(|&slot| {
             let Some(watcher) = slab.get_mut(slot) else { return false };
-            *events += watcher.flush(*fragment_bytes);
+            *events += watcher.flush(how);
             std::mem::take(&mut watcher.batch.refused)
         });
         filling
@@ -684,13 +697,13 @@ impl<O: Outbox> Watcher<O> {
 
     /// Adds an event to the batch, and sends what came before when there is enough of it.
     /// Returns how many events were sent.
-    fn fill(&mut self, event: Bytes, revision: i64, fragment_bytes: usize) -> u64 {
+    fn fill(&mut self, event: Bytes, revision: i64, how: Sending) -> u64 {
         let mut sent = 0;
         if !self.batch.events.is_empty()
             && self.batch.last != revision
             && self.batch.bytes + event.len() > RESPONSE_BYTES
         {
-            sent = self.flush(fragment_bytes);
+            sent = self.flush(how);
             if self.batch.refused {
                 return sent;
             }
@@ -709,7 +722,7 @@ impl<O: Outbox> Watcher<O> {
 
     /// Sends the batch, or forgets it if there is no room. Returns how many events were
     /// sent.
-    fn flush(&mut self, fragment_bytes: usize) -> u64 {
+    fn flush(&mut self, how: Sending) -> u64 {
         if self.batch.events.is_empty() {
             return 0;
         }
@@ -722,10 +735,11 @@ impl<O: Outbox> Watcher<O> {
         self.next = last + 1;
         self.quiet = false;
         let count = events.len() as u64;
-        let (header, watch_id) = (header(last), self.id);
+        let header = header(how.header_revision.unwrap_or(last).max(last));
+        let watch_id = self.id;
         let response = WatchResponse { header, watch_id, events, ..WatchResponse::default() };
         if self.fragment {
-            split(response, fragment_bytes, |part| self.outbox.push(part));
+            split(response, how.fragment_bytes, |part| self.outbox.push(part));
         } else {
             self.outbox.push(response);
         }

@@ -254,8 +254,9 @@ impl CheckpointThread {
         self.snapshots.push_back(snapshot);
         let keep = snapshot.index.saturating_sub(self.catch_up_entries);
         let mut to = None;
-        while let Some(mark) = self.snapshots.pop_front_if(|mark| mark.index <= keep) {
-            to = Some(mark);
+        while let Some(mark) = self.snapshots.front().filter(|mark| mark.index <= keep) {
+            to = Some(*mark);
+            self.snapshots.pop_front();
         }
         if let Some(to) = to {
             // When the server stops, the log may have stopped already.

@@ -16,7 +16,7 @@ pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
 /// How often the disks are asked.
 const INTERVAL: Duration = Duration::from_millis(500);
 
-/// What [`watch`] looks at.
+/// What [`Space::watch`] looks at.
 pub struct Space {
     /// Directories; each may be on a disk of its own.
     pub directories: Vec<PathBuf>,

@@ -245,7 +245,7 @@ mod tests {
         let (mut generations, storage, _) = DiskGenerations::open(dir.path()).expect("open");
         generations.switch().expect("switch");
         let next = generations.begin().expect("begin");
-        let error = DiskGenerations::open(dir.path()).err().expect("it is in use");
+        let error = DiskGenerations::open(dir.path()).expect_err("it is in use");
         assert!(matches!(error, StorageError::Locked { .. }), "{error}");
         assert!(dir.path().join("ckpt-2").is_dir(), "what is being filled is still there");
         drop((generations, storage, next));

@@ -7,8 +7,8 @@
 //! * [`grpc`]: calls any method of `proto/` with encoded messages, and shows any
 //!   message as JSON.
 //! * [`http`]: an HTTP/1.1 client of a hundred lines.
-//! * [`process`]: any process, with exactly the arguments given.
 //! * [`accepted`]: where kvorum differs from etcd on purpose.
+//! * [`process`]: any process, with exactly the arguments given.
 //! * [`mask`]: takes out of an answer what two correct servers cannot agree on.
 //! * [`scrape`]: reads `/metrics`.
 //! * [`rng`]: the random numbers of the seeded tests.
