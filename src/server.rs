@@ -17,6 +17,7 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
@@ -36,9 +37,10 @@ use crate::client::Client;
 use crate::config::{AutoCompaction, Config, ConfigErrors, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
+use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::ResponseHeader;
-use crate::raft::Node;
+use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{Retention, Schedule};
 use crate::runtime::checkpoint_thread::{CheckpointTask, CheckpointThread, Checkpointer};
@@ -246,7 +248,7 @@ impl Routers {
         }
         Ok(Routers {
             all: http::one_port(grpc.clone(), http.clone(), access.clone()),
-            grpc,
+            grpc: http::grpc_only(grpc),
             http: http::guarded(http, access),
             monitoring: http::metrics_router(source, Arc::clone(metrics), timeout),
         })
@@ -353,7 +355,7 @@ impl Member {
         let limits = limits(config);
         start.election_ticks = limits.election_ticks() as usize;
         start.pre_vote = config.pre_vote;
-        start.catch_up_entries = config.snapshot_catchup_entries;
+        start.catch_up_entries = config.snapshot_catchup();
         let applied = state.applied();
         tracing::info!(
             member_id = format!("{:x}", identity.member_id),
@@ -372,12 +374,12 @@ impl Member {
             quota_backend_bytes = limits.quota_bytes,
             "starting a member"
         );
+        // When the last snapshot was made is not known, but the log was cut behind it: were
+        // the next one counted from here, a member that is often restarted would make none.
+        let catch_up = config.snapshot_catchup();
+        let snapshot_index = applied.index.min(start.start.index.saturating_add(catch_up));
+        let snapshots = places_to_truncate(&start, applied, catch_up);
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
-        // The checkpoint just read is as good as a snapshot. When the last one was made
-        // before that is not known, but the log was cut behind it: were it made at the
-        // checkpoint, a member that is often restarted would never make another.
-        let snapshot_index =
-            applied.index.min(start.start.index.saturating_add(config.snapshot_catchup()));
         let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
         metrics.kvorum_raft_log_first_index.set(first_index);
         tell_settings(&metrics, config, &limits);
@@ -486,9 +488,8 @@ impl Member {
                 Place::Memory => None,
             },
             reopen: false,
-            catch_up_entries: config.snapshot_catchup(),
-            // What was recovered is in the checkpoint, which the next sync covers.
-            snapshots: (applied.index > 0).then_some(applied).into_iter().collect(),
+            catch_up_entries: catch_up,
+            snapshots,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
@@ -617,6 +618,16 @@ fn limits(config: &Config) -> Limits {
         election_timeout: config.election(),
         warning_unary_request_duration: config.warning_unary_request_duration,
     }
+}
+
+/// Where the log of a member that starts may be truncated at the next snapshots: as far
+/// behind the checkpoint that was read as members may catch up from the log, and at the
+/// checkpoint. The log is not cut there before the next snapshot is durable.
+fn places_to_truncate(start: &Start, applied: Mark, catch_up_entries: u64) -> VecDeque<Mark> {
+    let behind = applied.index.saturating_sub(catch_up_entries);
+    let entry = start.entries.iter().find(|entry| entry.index == behind);
+    let behind = entry.map(|entry| Mark { index: entry.index, term: entry.term });
+    behind.into_iter().chain((applied.index > start.start.index).then_some(applied)).collect()
 }
 
 /// Settings that show in the metrics.
