@@ -51,6 +51,8 @@ use crate::state::{Response, StateMachine, check, txn};
 
 /// Keys visited in one hold of the state's lock: well under a millisecond.
 const KEYS_PER_STEP: usize = 4096;
+/// A writer that is ahead of the checkpoint looks again after this.
+const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
 /// Keys in the first message of a streamed range; etcd's value.
 const STREAM_FIRST_KEYS: usize = 10;
 /// Messages of a streamed range that wait for a slow client.
@@ -748,6 +750,13 @@ impl Engine {
     /// Judges whether a request of this cost fits into the quota. When not, raises the
     /// NOSPACE alarm, as etcd does, and refuses.
     async fn reserve(&self, cost: u64) -> Result<(), Error> {
+        let patience = Instant::now() + self.request_timeout();
+        while self.parts.shortage.is_behind() {
+            if Instant::now() >= patience {
+                return Err(Error::TooManyRequests);
+            }
+            tokio::time::sleep(CHECKPOINT_PAUSE).await;
+        }
         if self.parts.shortage.is_present() {
             return Err(Error::NoSpace);
         }
