@@ -24,7 +24,6 @@
 //! the write: it may still happen.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -44,6 +43,7 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
+use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::{RangeScan, Step};
@@ -122,8 +122,8 @@ pub(crate) struct Parts {
     pub(crate) fault: Fault,
     /// Whether the server takes no new work.
     pub(crate) stopping: watch::Receiver<bool>,
-    /// Set while a disk has no space left to give.
-    pub(crate) full: Arc<AtomicBool>,
+    /// Whether a disk has no space left to give.
+    pub(crate) shortage: Arc<Shortage>,
     pub(crate) limits: Limits,
     pub(crate) versions: Versions,
 }
@@ -603,19 +603,23 @@ impl Engine {
     /// goes back to the filesystem. Reads and writes go on meanwhile.
     ///
     /// # Errors
+    /// [`Error::NoSpace`] when old and new do not fit beside each other;
     /// [`Error::Stopped`].
     pub async fn defragment(&self) -> Result<DefragmentResponse, Error> {
         let began = Instant::now();
         self.parts.metrics.disk_defrag_inflight.set(1);
         let (done, written) = oneshot::channel();
         let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
-        let written = if asked.is_ok() { written.await.map_err(drop) } else { Err(()) };
+        let written = match asked {
+            Ok(()) => written.await.unwrap_or(Err(Error::Stopped)),
+            Err(_) => Err(Error::Stopped),
+        };
         self.parts.metrics.disk_defrag_inflight.set(0);
         self.parts
             .metrics
             .disk_backend_defrag_duration_seconds
             .observe(began.elapsed().as_secs_f64());
-        written.map_err(|()| Error::Stopped)?;
+        written?;
         Ok(DefragmentResponse::default())
     }
 
@@ -744,7 +748,7 @@ impl Engine {
     /// Judges whether a request of this cost fits into the quota. When not, raises the
     /// NOSPACE alarm, as etcd does, and refuses.
     async fn reserve(&self, cost: u64) -> Result<(), Error> {
-        if self.parts.full.load(Ordering::Acquire) {
+        if self.parts.shortage.is_present() {
             return Err(Error::NoSpace);
         }
         let Some(quota) = self.parts.limits.quota_bytes else { return Ok(()) };

@@ -17,9 +17,8 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::thread::JoinHandle as ThreadHandle;
 use std::time::{Duration, Instant};
@@ -54,7 +53,7 @@ use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::raft_thread::{RaftInput, RaftThread};
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
-use crate::runtime::space::Space;
+use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{HubHandle, WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
@@ -386,7 +385,7 @@ impl Member {
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
 
         let fault = Fault::default();
-        let full = Arc::new(AtomicBool::new(false));
+        let shortage = Arc::new(Shortage::default());
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_bytes());
@@ -400,7 +399,6 @@ impl Member {
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
         let signal = watch::Sender::new(false);
         let busy = Arc::new(AtomicBool::new(false));
-        let stopping = Arc::new(AtomicBool::new(false));
 
         let header_source = {
             let published = Arc::clone(&published);
@@ -453,7 +451,7 @@ impl Member {
             },
             fault: fault.clone(),
             stopping: signal.subscribe(),
-            full: Arc::clone(&full),
+            shortage: Arc::clone(&shortage),
             limits: limits.clone(),
             versions: Versions { server: ETCD_VERSION, storage: ETCD_STORAGE_VERSION },
         });
@@ -462,15 +460,16 @@ impl Member {
             raft: raft_sender.clone(),
             checkpoint: checkpoint_sender.clone(),
             waiters: Arc::clone(&waiters),
-            stopping: Arc::clone(&stopping),
             front: Vec::new(),
             checkpointer: None,
         };
         let checkpointer = Checkpointer::new(
             checkpoint_sender,
             Arc::clone(&busy),
+            Arc::clone(&shortage),
             config.snapshot_entries(),
             snapshot_index,
+            applied.index,
         );
         let checkpoint_thread = CheckpointThread {
             storage: Some(storage),
@@ -481,10 +480,15 @@ impl Member {
             log: log_sender.clone(),
             published: Arc::clone(&published),
             busy,
-            full: Arc::clone(&full),
+            shortage: Arc::clone(&shortage),
+            directory: match &place {
+                Place::Disk { data_dir, .. } => Some(data_dir.clone()),
+                Place::Memory => None,
+            },
+            reopen: false,
             catch_up_entries: config.snapshot_catchup(),
-            snapshots: VecDeque::from([applied]),
-            stopping,
+            // What was recovered is in the checkpoint, which the next sync covers.
+            snapshots: (applied.index > 0).then_some(applied).into_iter().collect(),
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
@@ -547,7 +551,7 @@ impl Member {
         }
         if let Place::Disk { data_dir, wal_dir, .. } = place {
             let directories = std::iter::once(data_dir).chain(wal_dir).collect();
-            tasks.push(tokio::spawn(Space { directories, low: full }.watch()));
+            tasks.push(tokio::spawn(Space { directories, shortage }.watch()));
         }
         let stop = Stop { signal, hub: hub_handle.clone(), tasks, threads: Some(threads) };
         let end =
@@ -766,7 +770,6 @@ struct Threads {
     raft: mpsc::Sender<RaftInput>,
     checkpoint: mpsc::Sender<CheckpointTask>,
     waiters: Arc<Waiters>,
-    stopping: Arc<AtomicBool>,
     /// Raft, log and apply: the first tells the others.
     front: Vec<ThreadHandle<()>>,
     checkpointer: Option<ThreadHandle<()>>,
@@ -775,7 +778,6 @@ struct Threads {
 impl Threads {
     /// Begins the end. A thread that is gone already needs no telling.
     fn tell(&self) {
-        self.stopping.store(true, Ordering::Release);
         let _ = self.raft.send(RaftInput::Stop);
         let _ = self.checkpoint.send(CheckpointTask::Stop);
     }
@@ -783,7 +785,6 @@ impl Threads {
     /// Stops the threads and waits for them. What they acknowledged is on disk then.
     /// Blocks.
     fn join(self) {
-        self.stopping.store(true, Ordering::Release);
         let _ = self.raft.send(RaftInput::Stop);
         for thread in self.front {
             // One that panicked has ended, too.
