@@ -85,8 +85,8 @@
 //!
 //! # What it does not do
 //!
-//! It knows no raft: terms and kinds are numbers. It does not compare what it recovers
-//! with the checkpoint; a log that ends before the applied index must be noticed there.
+//! It knows no raft: terms and kinds are numbers. Of the checkpoint it knows no more than
+//! how far the log must reach ([`Options::reaches`]).
 //! It does not bound what waits to be synced: [`AppendReceipt::waiting_bytes`] tells.
 
 mod dir;
@@ -172,6 +172,10 @@ pub struct Options {
     pub fsync: bool,
     /// For a log that is begun; one that exists keeps its own.
     pub identity: Identity,
+    /// The log has held, synced, an entry of this index: a checkpoint has it. A log that
+    /// ends before is damaged, even where it looks like one whose last write was torn. 0
+    /// when nothing is known.
+    pub reaches: u64,
 }
 
 /// What a log held when it was opened.
@@ -188,6 +192,15 @@ pub struct Recovered {
     /// What was cut from the end: a write that was under way when the process or the
     /// machine stopped. For the operator's log.
     pub repaired: Option<String>,
+}
+
+impl Recovered {
+    /// Whether anything was ever written to it.
+    pub fn was_written_to(&self) -> bool {
+        self.hard_state != HardState::default()
+            || self.start != Mark::default()
+            || !self.entries.is_empty()
+    }
 }
 
 /// What an [`append`](LogStore::append) leads to.

@@ -17,7 +17,8 @@ const ROUNDS: u64 = 25;
 
 fn open(dir: &Path) -> Result<(Log, Recovered), LogError> {
     let identity = Identity { cluster_id: 1, member_id: 2 };
-    let options = Options { dir: dir.to_owned(), segment_bytes: 64 << 10, fsync: true, identity };
+    let options =
+        Options { dir: dir.to_owned(), segment_bytes: 64 << 10, fsync: true, identity, reaches: 0 };
     Log::open(options)
 }
 

@@ -78,7 +78,7 @@ impl Log {
     /// [`Recovered::repaired`] tells; anything else that is wrong is an error, and changes
     /// nothing.
     pub fn open(options: Options) -> Result<(Log, Recovered), LogError> {
-        let Options { dir, segment_bytes, fsync, identity } = options;
+        let Options { dir, segment_bytes, fsync, identity, reaches } = options;
         let segment_bytes = segment_bytes
             .clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
             .next_multiple_of(SEGMENT_HEADER_BYTES);
@@ -90,7 +90,7 @@ impl Log {
         let run = listing.segments.split_off(run_start(&listing.segments));
         let mut retired: Vec<PathBuf> = listing.segments.into_iter().map(|s| s.2).collect();
 
-        let (bounds, entries, mut segments, repaired) = match recover::read(&dir, run)? {
+        let (bounds, entries, mut segments, repaired) = match recover::read(&dir, run, reaches)? {
             Some(found) => (found.bounds, found.entries, found.segments, found.repaired),
             None => {
                 let header = SegmentHeader {

@@ -20,6 +20,9 @@
 //! In all other segments the next segment's header tells where the records end, and was
 //! written after they were synced; a bad record before is always damage.
 //!
+//! The caller may know better how far the log once reached, because a checkpoint does
+//! ([`Options::reaches`](super::Options::reaches)): what then looks torn is damage, too.
+//!
 //! The claim counts even when only the header of a record is valid, for the header alone
 //! makes it. What the rule cannot see is damage in the very last batch, behind which
 //! nothing was ever written: it looks like a torn one, and is cut and reported. An orderly
@@ -76,12 +79,14 @@ pub(super) struct FoundSegment {
     pub(super) last_index: u64,
 }
 
-/// Reads `segments`, a run of consecutive sequence numbers, oldest first.
+/// Reads `segments`, a run of consecutive sequence numbers, oldest first. An entry of index
+/// `reaches` is known to have been synced.
 ///
 /// Changes nothing on the disk but a torn tail, and returns with all it has read synced.
 pub(super) fn read(
     dir: &Directory,
     segments: Vec<(u64, u64, PathBuf)>,
+    reaches: u64,
 ) -> Result<Option<Found>, LogError> {
     let mut readers = Vec::new();
     for (sequence, first_index, path) in segments {
@@ -125,6 +130,14 @@ pub(super) fn read(
         match sealed_end {
             Some(end) if offset == end => {}
             Some(_) => return Err(reader.damaged(offset, "a record does not verify")),
+            None if replay.bounds.last_index() < reaches => {
+                let last = replay.bounds.last_index();
+                let what = format!(
+                    "the log ends there, at index {last}, but the checkpoint holds entries up to \
+                     index {reaches}, which the log once had"
+                );
+                return Err(reader.damaged(offset, &what));
+            }
             None => repaired = reader.check_tail(dir, offset)?,
         }
         if sealed_end.is_none() && dir.fsync() {

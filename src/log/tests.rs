@@ -30,7 +30,13 @@ fn cases(cases: u32) -> ProptestConfig {
 }
 
 fn options(dir: &Path) -> Options {
-    Options { dir: dir.to_owned(), segment_bytes: SEGMENT, fsync: true, identity: IDENTITY }
+    Options {
+        dir: dir.to_owned(),
+        segment_bytes: SEGMENT,
+        fsync: true,
+        identity: IDENTITY,
+        reaches: 0,
+    }
 }
 
 fn open(dir: &Path) -> (Log, Recovered) {

@@ -5,8 +5,25 @@
 //!                          └────────── raft applies entries A+1 … again ─────────┘
 //! ```
 //!
-//! A directory without a checkpoint is a new member: its first checkpoint says who it
-//! is and who its cluster's members are, and is durable before the log exists.
+//! A directory without a checkpoint that counts is a new member. It is made in this order,
+//! each step durable before the next:
+//!
+//! ```text
+//! directories ──▶ an empty log ──▶ the first checkpoint ──▶ CURRENT, which says it counts
+//! ```
+//!
+//! The first checkpoint says who the member is and who its cluster's members are. A start
+//! that is cut short leaves an empty log at most, and the next one goes on from there.
+//! Anything else that does not fit together is a lost file, and refused before anything
+//! is changed:
+//!
+//! | found                                        | refused because                      |
+//! |----------------------------------------------|--------------------------------------|
+//! | `CURRENT`, no log                            | acknowledged entries were in it      |
+//! | no `CURRENT`, a log that was written to      | the checkpoint may hold its start    |
+//! | no `CURRENT`, no log, a checkpoint           | both of the above                    |
+//! | a log of another member or cluster           | one of them was put there by mistake |
+//! | a log that ends before the applied index     | its end was acknowledged             |
 
 use std::fs;
 use std::io;
@@ -95,10 +112,11 @@ pub enum OpenError {
     /// The member is not part of the cluster it is to found.
     #[error("--initial-cluster does not contain --name={0}; add {0}=<peer url> to it")]
     NotInCluster(String),
-    /// The checkpoint says that entries were applied which the log no longer has.
+    /// There is a checkpoint, and no log.
     #[error(
-        "the raft log in {} is missing, but its member has applied {applied} entries: restore the \
-         directory, or remove the data directory {} to begin anew", log.display(), data.display()
+        "the raft log in {} is missing, though its member has applied entries up to {applied}: \
+         put the log back (or correct --wal-dir), restore a snapshot, or remove the data \
+         directory {} to begin anew", log.display(), data.display()
     )]
     LogMissing {
         /// The log's directory.
@@ -108,6 +126,46 @@ pub enum OpenError {
         /// The checkpoint's applied index.
         applied: u64,
     },
+    /// There is a log that was written to, or a checkpoint, and nothing that says which
+    /// checkpoint counts.
+    #[error(
+        "{} is missing, which names the checkpoint that counts, though {} is there: put it \
+         back, restore a snapshot, or remove the data directory {} to begin anew",
+        current.display(), found.display(), data.display()
+    )]
+    CheckpointMissing {
+        /// The file that is missing.
+        current: PathBuf,
+        /// What shows that it was there.
+        found: PathBuf,
+        /// The data directory.
+        data: PathBuf,
+    },
+    /// Log and checkpoint are not of the same member.
+    #[error(
+        "the raft log in {} is of member {:x} of cluster {:x}, and the checkpoint in {} of \
+         member {:x} of cluster {:x}: correct --data-dir or --wal-dir",
+        log.display(), of_log.member_id, of_log.cluster_id,
+        data.display(), of_checkpoint.member_id, of_checkpoint.cluster_id
+    )]
+    OtherMember {
+        /// The log's directory.
+        log: PathBuf,
+        /// Whose log it is.
+        of_log: Identity,
+        /// The data directory.
+        data: PathBuf,
+        /// Whose checkpoint it is.
+        of_checkpoint: Identity,
+    },
+    /// An earlier start of a new member was cut short, and the flags that say who it is
+    /// have changed since.
+    #[error(
+        "the data directory {} was begun for another member or cluster: set --name, \
+         --initial-cluster and --initial-cluster-token as they were, or remove it (there is \
+         nothing in it yet)", .0.display()
+    )]
+    BegunForAnother(PathBuf),
     /// The store failed.
     #[error("cannot open the checkpoint: {0}")]
     Storage(#[from] StorageError),
@@ -129,58 +187,122 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
         Place::Memory => in_memory(bootstrap),
         Place::Disk { data_dir, wal_dir, fsync } => {
             let member_dir = data_dir.join("member");
-            let log_dir = wal_dir.clone().unwrap_or_else(|| member_dir.join("wal"));
-            make_directory(data_dir, "data-dir")?;
-            if member_dir.join("snap").join("db").exists() {
+            let disk = OnDisk {
+                data_dir,
+                log_dir: wal_dir.clone().unwrap_or_else(|| member_dir.join("wal")),
+                member_dir,
+                fsync: *fsync,
+            };
+            if disk.member_dir.join("snap").join("db").exists() {
                 return Err(OpenError::ForeignData(data_dir.clone()));
             }
-            make_directory(&member_dir, "data-dir")?;
-            let (mut generations, mut storage, is_new) = DiskGenerations::open(&member_dir)?;
-            let state = if is_new {
-                let state = first_checkpoint(bootstrap, &mut storage)?;
-                generations.switch()?;
-                state
+            if DiskGenerations::is_new(&disk.member_dir)? {
+                disk.begin(wal_dir.is_some(), bootstrap)
             } else {
-                StateMachine::restore(records::recover(&mut storage)?)
-            };
-            let identity = identity(&state);
-            let applied = state.applied().index;
-            if applied > 0 && !Log::exists(&log_dir)? {
-                return Err(OpenError::LogMissing {
-                    log: log_dir,
-                    data: data_dir.clone(),
-                    applied,
-                });
+                disk.recover()
             }
-            if wal_dir.is_some() {
-                make_directory(&log_dir, "wal-dir")?;
-            }
-            let options = Options {
-                dir: log_dir,
-                segment_bytes: SEGMENT_BYTES_DEFAULT,
-                fsync: *fsync,
-                identity,
-            };
-            let (log, recovered) = Log::open(options)?;
-            if let Some(repaired) = &recovered.repaired {
-                tracing::warn!("repaired the raft log: {repaired}");
-            }
-            Ok(Recovery {
-                start: start(&state, recovered),
-                state,
-                log: Box::new(log),
-                storage: Box::new(storage),
-                generations: Box::new(generations),
-                identity,
-                is_new,
-            })
         }
+    }
+}
+
+/// The directories of a member.
+struct OnDisk<'a> {
+    data_dir: &'a Path,
+    member_dir: PathBuf,
+    log_dir: PathBuf,
+    fsync: bool,
+}
+
+impl OnDisk<'_> {
+    /// A new member, or one that was begun and no more.
+    fn begin(&self, separate_log: bool, bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
+        let has_log = Log::exists(&self.log_dir)?;
+        if !has_log && let Some(checkpoint) = DiskGenerations::any(&self.member_dir)? {
+            return Err(self.checkpoint_missing(checkpoint));
+        }
+        let mut state = first_state(bootstrap)?;
+        make_directory(&self.member_dir, "data-dir", self.fsync)?;
+        if separate_log {
+            make_directory(&self.log_dir, "wal-dir", self.fsync)?;
+        }
+        let identity = identity(&state);
+        let (log, recovered) = Log::open(self.log_options(identity, 0))?;
+        if recovered.was_written_to() {
+            return Err(self.checkpoint_missing(self.log_dir.clone()));
+        }
+        if recovered.identity != identity {
+            return Err(OpenError::BegunForAnother(self.data_dir.to_owned()));
+        }
+        let (mut generations, mut storage) = DiskGenerations::begin_first(&self.member_dir)?;
+        records::write(&mut storage, &state.cut())?;
+        generations.switch()?;
+        Ok(Recovery {
+            start: start(&state, recovered),
+            state,
+            log: Box::new(log),
+            storage: Box::new(storage),
+            generations: Box::new(generations),
+            identity,
+            is_new: true,
+        })
+    }
+
+    /// A member that was here before.
+    fn recover(&self) -> Result<Recovery, OpenError> {
+        let (generations, mut storage) = DiskGenerations::open(&self.member_dir)?;
+        let state = StateMachine::restore(records::recover(&mut storage)?);
+        let applied = state.applied().index;
+        if !Log::exists(&self.log_dir)? {
+            return Err(OpenError::LogMissing {
+                log: self.log_dir.clone(),
+                data: self.data_dir.to_owned(),
+                applied,
+            });
+        }
+        let identity = identity(&state);
+        let (log, recovered) = Log::open(self.log_options(identity, applied))?;
+        if recovered.identity != identity {
+            return Err(OpenError::OtherMember {
+                log: self.log_dir.clone(),
+                of_log: recovered.identity,
+                data: self.data_dir.to_owned(),
+                of_checkpoint: identity,
+            });
+        }
+        if let Some(repaired) = &recovered.repaired {
+            tracing::warn!("repaired the raft log: {repaired}");
+        }
+        Ok(Recovery {
+            start: start(&state, recovered),
+            state,
+            log: Box::new(log),
+            storage: Box::new(storage),
+            generations: Box::new(generations),
+            identity,
+            is_new: false,
+        })
+    }
+
+    fn log_options(&self, identity: Identity, reaches: u64) -> Options {
+        Options {
+            dir: self.log_dir.clone(),
+            segment_bytes: SEGMENT_BYTES_DEFAULT,
+            fsync: self.fsync,
+            identity,
+            reaches,
+        }
+    }
+
+    fn checkpoint_missing(&self, found: PathBuf) -> OpenError {
+        let current = DiskGenerations::current(&self.member_dir);
+        OpenError::CheckpointMissing { current, found, data: self.data_dir.to_owned() }
     }
 }
 
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::new();
-    let state = first_checkpoint(bootstrap, &mut storage)?;
+    let mut state = first_state(bootstrap)?;
+    records::write(&mut storage, &state.cut())?;
     let identity = identity(&state);
     let (log, recovered) = MemoryLog::open(&MemoryDisk::new(identity));
     Ok(Recovery {
@@ -194,19 +316,14 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     })
 }
 
-/// The state of a new member, durable before anything else is.
-fn first_checkpoint(
-    bootstrap: &Bootstrap,
-    storage: &mut dyn Storage,
-) -> Result<StateMachine, OpenError> {
+/// The state of a new member.
+fn first_state(bootstrap: &Bootstrap) -> Result<StateMachine, OpenError> {
     let initial = &bootstrap.initial_cluster;
     let this = initial.iter().find(|(name, _)| *name == bootstrap.name);
     let (_, peer_urls) = this.ok_or_else(|| OpenError::NotInCluster(bootstrap.name.clone()))?;
     let id = member_id(peer_urls, &bootstrap.cluster_token);
     let members = Members::bootstrap(initial, &bootstrap.cluster_token);
-    let mut state = StateMachine::bootstrap(id, members, bootstrap.cluster_version.clone());
-    records::write(storage, &state.cut())?;
-    Ok(state)
+    Ok(StateMachine::bootstrap(id, members, bootstrap.cluster_version.clone()))
 }
 
 fn identity(state: &StateMachine) -> Identity {
@@ -228,7 +345,24 @@ fn start(state: &StateMachine, recovered: Recovered) -> Start {
     }
 }
 
-fn make_directory(path: &Path, flag: &'static str) -> Result<(), OpenError> {
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(|error| OpenError::Directory { path: path.to_owned(), flag, error })
+/// Makes a directory with all above it. Its name is durable on return, and that of every
+/// directory made here; those that were there before are taken to be, but for its parent,
+/// which an earlier start may have made just before the power failed.
+fn make_directory(path: &Path, flag: &'static str, fsync: bool) -> Result<(), OpenError> {
+    let failed = |error| OpenError::Directory { path: path.to_owned(), flag, error };
+    let missing = path.ancestors().take_while(|dir| !dir.exists()).count();
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+    if !fsync {
+        return Ok(());
+    }
+    for dir in path.ancestors().skip(1).take(missing.max(2)) {
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        match fs::File::open(dir) {
+            Ok(dir) => dir.sync_all().map_err(failed)?,
+            // One that may be passed through but not read is not this member's to sync.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+    Ok(())
 }

@@ -12,9 +12,9 @@
 //! ```
 //!
 //! Without `CURRENT` no checkpoint ever counted: the member is new, and what lies there
-//! was begun by a start that did not get far. That this is so, and `CURRENT` not lost,
-//! is for the caller to know ([`DiskGenerations::is_new`]); until it has called
-//! [`DiskGenerations::open`], nothing is removed.
+//! was begun by a start that did not get far. That this is so, and `CURRENT` not lost, is
+//! for the caller to know before it calls [`DiskGenerations::begin_first`]. Nothing is
+//! removed before the checkpoint that counts was opened.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -83,60 +83,92 @@ impl DiskGenerations {
         })
     }
 
-    /// Opens the checkpoint that counts, or begins the first one, which counts once
-    /// [`Generations::switch`] was called; `true` says that this is the case.
-    /// Leftovers of others are removed.
+    /// The file that says which checkpoint counts.
+    pub fn current(member_dir: &Path) -> PathBuf {
+        member_dir.join(CURRENT)
+    }
+
+    /// A checkpoint, whether it counts or not, if there is one. Changes nothing.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn any(member_dir: &Path) -> Result<Option<PathBuf>, StorageError> {
+        let generations = DiskGenerations::locked(member_dir)?;
+        let found = generations
+            .checkpoints()
+            .map_err(|error| generations.io("look for a checkpoint", error))?;
+        Ok(found.into_iter().next())
+    }
+
+    /// Begins the first checkpoint of a new member, which counts once
+    /// [`Generations::switch`] was called. What an earlier attempt left is removed.
     ///
     /// # Errors
     /// See [`StorageError`].
-    pub fn open(member_dir: &Path) -> Result<(DiskGenerations, SledStorage, bool), StorageError> {
-        let mut generations = DiskGenerations {
+    pub fn begin_first(member_dir: &Path) -> Result<(DiskGenerations, SledStorage), StorageError> {
+        let generations = DiskGenerations::locked(member_dir)?;
+        generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
+        let storage = SledStorage::open(&generations.dir(1))?;
+        Ok((generations, storage))
+    }
+
+    fn locked(member_dir: &Path) -> Result<DiskGenerations, StorageError> {
+        Ok(DiskGenerations {
             member_dir: member_dir.to_owned(),
             number: 0,
             _lock: lock(member_dir)?,
-        };
-        let current = member_dir.join(CURRENT);
-        let named = match fs::read_to_string(&current) {
-            Ok(text) => Some(text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            Err(error) => return Err(generations.io("read CURRENT", error)),
-        };
-        if let Some(text) = &named {
-            let number =
-                text.trim_end().strip_prefix("ckpt-").and_then(|number| number.parse().ok());
-            generations.number = number.ok_or_else(|| StorageError::Foreign {
-                dir: member_dir.to_owned(),
-                detail: format!("its file {CURRENT} does not name a checkpoint"),
-            })?;
-        }
-        generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
-        let is_new = named.is_none();
-        if is_new {
-            let storage = SledStorage::open(&generations.dir(1))?;
-            return Ok((generations, storage, true));
-        }
+        })
+    }
+
+    /// Opens the checkpoint that counts. Leftovers of others are removed.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub fn open(member_dir: &Path) -> Result<(DiskGenerations, SledStorage), StorageError> {
+        let mut generations = DiskGenerations::locked(member_dir)?;
+        let text = fs::read_to_string(member_dir.join(CURRENT));
+        let text = text.map_err(|error| generations.io("read CURRENT", error))?;
+        let number = text.trim_end().strip_prefix("ckpt-").and_then(|number| number.parse().ok());
+        generations.number = number.ok_or_else(|| StorageError::Damaged {
+            dir: member_dir.to_owned(),
+            detail: format!("its file {CURRENT} does not name a checkpoint"),
+        })?;
         let dir = generations.dir(generations.number);
         if !dir.is_dir() {
             let detail = format!("{CURRENT} names it, and it is missing");
             return Err(StorageError::Damaged { dir, detail });
         }
         let storage = SledStorage::open(&dir)?;
-        Ok((generations, storage, false))
+        generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
+        Ok((generations, storage))
     }
 
     fn dir(&self, number: u64) -> PathBuf {
         self.member_dir.join(format!("ckpt-{number}"))
     }
 
-    fn remove_others(&self) -> io::Result<()> {
-        let keep = self.dir(self.number);
-        for entry in fs::read_dir(&self.member_dir)? {
+    fn checkpoints(&self) -> io::Result<Vec<PathBuf>> {
+        let entries = match fs::read_dir(&self.member_dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error),
+        };
+        let mut found = Vec::new();
+        for entry in entries {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str());
-            if name.is_some_and(|name| name.starts_with("ckpt-")) && path != keep {
-                SledStorage::give_back_space(&path);
-                fs::remove_dir_all(&path)?;
+            if name.is_some_and(|name| name.starts_with("ckpt-")) {
+                found.push(path);
             }
+        }
+        Ok(found)
+    }
+
+    fn remove_others(&self) -> io::Result<()> {
+        let keep = self.dir(self.number);
+        for path in self.checkpoints()?.into_iter().filter(|path| *path != keep) {
+            SledStorage::give_back_space(&path);
+            fs::remove_dir_all(&path)?;
         }
         Ok(())
     }
@@ -250,27 +282,25 @@ mod tests {
     fn a_checkpoint_counts_from_the_switch_on() {
         let dir = tempfile::tempdir().expect("a directory");
         {
-            let (_, mut storage, is_new) = DiskGenerations::open(dir.path()).expect("open");
-            assert!(is_new);
+            let (_, mut storage) = DiskGenerations::begin_first(dir.path()).expect("begin");
             put(&mut storage, "never counted");
         }
+        assert!(DiskGenerations::is_new(dir.path()).expect("looks"));
         {
-            let (mut generations, mut storage, is_new) =
-                DiskGenerations::open(dir.path()).expect("open");
-            assert!(is_new, "the first one never counted");
+            let (mut generations, mut storage) =
+                DiskGenerations::begin_first(dir.path()).expect("begin");
             assert!(storage.get(Table::Head, b"k").expect("get").is_none());
             put(&mut storage, "first");
             generations.switch().expect("switch");
         }
+        assert!(!DiskGenerations::is_new(dir.path()).expect("looks"));
         {
-            let (mut generations, storage, is_new) =
-                DiskGenerations::open(dir.path()).expect("open");
-            assert!(!is_new);
+            let (mut generations, storage) = DiskGenerations::open(dir.path()).expect("open");
             assert_eq!(value(&storage), b"first");
             put(generations.begin().expect("begin").as_mut(), "left behind");
         }
         {
-            let (mut generations, storage, _) = DiskGenerations::open(dir.path()).expect("open");
+            let (mut generations, storage) = DiskGenerations::open(dir.path()).expect("open");
             assert_eq!(value(&storage), b"first");
             let mut next = generations.begin().expect("begin");
             put(next.as_mut(), "second");
@@ -279,7 +309,7 @@ mod tests {
             assert_eq!(checkpoints(dir.path()), 2);
             generations.discard();
         }
-        let (_, storage, _) = DiskGenerations::open(dir.path()).expect("open");
+        let (_, storage) = DiskGenerations::open(dir.path()).expect("open");
         assert_eq!(value(&storage), b"second");
         assert_eq!(checkpoints(dir.path()), 1);
     }
@@ -292,7 +322,7 @@ mod tests {
     #[test]
     fn what_one_server_fills_is_no_leftover_to_another() {
         let dir = tempfile::tempdir().expect("a directory");
-        let (mut generations, storage, _) = DiskGenerations::open(dir.path()).expect("open");
+        let (mut generations, storage) = DiskGenerations::open(dir.path()).expect("open");
         generations.switch().expect("switch");
         let next = generations.begin().expect("begin");
         let error = DiskGenerations::open(dir.path()).expect_err("it is in use");

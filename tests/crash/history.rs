@@ -160,6 +160,26 @@ impl History {
         self.seen.send_replace(revision);
     }
 
+    /// Whether a server that has lost its end holds what was there as of its revision,
+    /// which it returns.
+    pub(crate) async fn assert_holds_a_past(&self, channel: Channel) -> i64 {
+        let mut kv = KvClient::new(channel).max_decoding_message_size(usize::MAX);
+        let now = kv.range(all_keys(0)).await.expect("a range").into_inner();
+        let revision = now.header.as_ref().expect("a header").revision;
+        let inner = self.inner.lock();
+        assert!(revision <= inner.model.revision);
+        inner.model.assert_holds(&now.kvs, revision);
+        revision
+    }
+
+    /// Like [`History::verify`] for a server that the watcher does not follow, on a copy of
+    /// the data.
+    pub(crate) async fn verify_copy(&self, channel: Channel, rng: &mut Rng) {
+        let revision = self.assert_holds_a_past(channel.clone()).await;
+        assert_eq!(revision, self.seen(), "something is forgotten");
+        self.verify(channel, rng).await;
+    }
+
     /// Compares a server that nobody writes to with everything that is known.
     pub(crate) async fn verify(&self, channel: Channel, rng: &mut Rng) {
         let mut kv = KvClient::new(channel.clone()).max_decoding_message_size(usize::MAX);

@@ -10,6 +10,7 @@
 //!
 //! * [`killed`]: SIGKILL under load, during start-up, in the middle of checkpoints.
 //! * [`power_cut`]: what the block device holds at some moment is all that is left.
+//! * [`damage`]: files torn, flipped, swapped and missing.
 //! * [`full_disk`]: no space left, slowly or at once.
 //! * [`history`]: what clients were told and a watcher saw, and the comparison with it.
 
@@ -24,6 +25,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod damage;
 mod disk;
 mod full_disk;
 mod history;

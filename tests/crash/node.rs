@@ -83,18 +83,31 @@ impl Node {
         self.wait_until_serving();
     }
 
-    /// Waits for an answer of any kind to `GET /health`: it is given once the member
-    /// has a leader and its sockets accept.
+    /// Waits until it serves.
+    ///
+    /// # Panics
+    ///
+    /// If it ends instead, or takes too long.
     pub(crate) fn wait_until_serving(&mut self) {
+        if let Err(status) = self.serves() {
+            panic!("the server ended with {status} before it served:\n{}", self.log_tail());
+        }
+    }
+
+    /// Waits for an answer of any kind to `GET /health`: it is given once the member
+    /// has a leader and its sockets accept. If the server ends instead: how.
+    pub(crate) fn serves(&mut self) -> Result<(), ExitStatus> {
         let address = format!("127.0.0.1:{}", self.port);
         let began = Instant::now();
         while http::get(&address, "/health").is_err() {
             if let Some(status) = self.exit_status() {
-                panic!("the server ended with {status} before it served:\n{}", self.log_tail());
+                self.child = None;
+                return Err(status);
             }
             assert!(began.elapsed() < PATIENCE, "not serving:\n{}", self.log_tail());
             std::thread::sleep(POLL);
         }
+        Ok(())
     }
 
     /// `GET /health`.
