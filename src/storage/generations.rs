@@ -322,7 +322,7 @@ mod tests {
     #[test]
     fn what_one_server_fills_is_no_leftover_to_another() {
         let dir = tempfile::tempdir().expect("a directory");
-        let (mut generations, storage) = DiskGenerations::open(dir.path()).expect("open");
+        let (mut generations, storage) = DiskGenerations::begin_first(dir.path()).expect("open");
         generations.switch().expect("switch");
         let next = generations.begin().expect("begin");
         let error = DiskGenerations::open(dir.path()).expect_err("it is in use");
