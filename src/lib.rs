@@ -1,9 +1,3 @@
-//! kvorum: an embedded, etcd-compatible key-value store.
-//!
-//! [`Server::start`] takes a [`Config`] and gives a running server, which etcd's clients
-//! reach on its ports. In the same process it is called through [`Client`], in Rust's
-//! terms; through [`Engine`], in etcd's messages; or through [`Server::channel`], by any
-//! etcd client that is built on tonic.
 //! An embedded, etcd-compatible key-value store.
 //!
 //! kvorum is what etcd is, its API, its flags and its guarantees, as a library: any etcd
@@ -12,10 +6,6 @@
 //! ```
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let server = kvorum::Server::start(kvorum::Config::in_memory()).await?;
-//! let client = server.client();
-//! client.put("greeting", "hello").await?;
-//! assert_eq!(client.get("greeting").await?.expect("it was put").value, "hello");
 //! use kvorum::{Config, Server};
 //!
 //! let server = Server::start(Config::in_memory()).await?;
@@ -33,18 +23,6 @@
 //! # }
 //! ```
 //!
-//! # A tour of the house
-//!
-//! From the top down; a module uses only what is below it. `ARCHITECTURE.md` draws the
-//! whole picture, and each module begins with an essay.
-//!
-//! - [`server`] puts everything together, starts and stops it; [`config`] is what it is told.
-//! - [`api`] and [`client`] are the two faces of [`engine`], the handle everybody calls.
-//! - [`runtime`] is threads, clocks and queues around what follows.
-//! - [`raft`], [`state`], [`mvcc`] and [`lease`] are pure: consensus, the one function that
-//!   changes data, the keys with their history, and leases. They have no clock, thread or file.
-//! - [`log`] holds what was acknowledged, [`storage`] the checkpoint.
-//! - [`metrics`], [`error`], [`pb`] and [`version`] are words that all of them share.
 //! # Ways in
 //!
 //! | Way | For |
