@@ -224,11 +224,6 @@ impl Engine {
             let mut scan = scan;
             let mut keys = STREAM_FIRST_KEYS;
             while scan.step(engine.parts.state.read().store(), keys) == Step::More {
-                if pin.is_overdue() {
-                    // The client has gone, or has been told.
-                    let _ = pieces.send(Err(Error::Compacted)).await;
-                    return;
-                }
                 let kvs = scan.take_kvs();
                 let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
                 if bytes < engine.parts.limits.max_request_bytes / 2 {
@@ -240,10 +235,20 @@ impl Engine {
                     continue;
                 }
                 let response = RangeResponse { kvs, ..RangeResponse::default() };
-                if pieces.send(Ok(piece(response))).await.is_err() {
-                    return;
+                let sent = pieces.send(Ok(piece(response)));
+                match tokio::time::timeout_at(pin.deadline().into(), sent).await {
+                    Ok(Ok(())) => {}
+                    // Nobody receives.
+                    Ok(Err(_)) => return,
+                    // A client that does not read must not hold the pin.
+                    Err(_) => {
+                        drop(pin);
+                        let _ = pieces.send(Err(Error::Compacted)).await;
+                        return;
+                    }
                 }
             }
+            drop(pin);
             let mut last = scan.finish();
             engine.complete(&mut last.header);
             let _ = pieces.send(Ok(piece(last))).await;
