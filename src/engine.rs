@@ -608,19 +608,23 @@ impl Engine {
     /// goes back to the filesystem. Reads and writes go on meanwhile.
     ///
     /// # Errors
-    /// [`Error::Stopped`].
+    /// [`Error::NoSpace`] when the disk has no room for the new one beside the old one,
+    /// which stays in use; [`Error::Stopped`].
     pub async fn defragment(&self) -> Result<DefragmentResponse, Error> {
         let began = Instant::now();
         self.parts.metrics.disk_defrag_inflight.set(1);
         let (done, written) = oneshot::channel();
         let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
-        let written = if asked.is_ok() { written.await.map_err(drop) } else { Err(()) };
+        let written = match asked {
+            Ok(()) => written.await.unwrap_or(Err(Error::Stopped)),
+            Err(_) => Err(Error::Stopped),
+        };
         self.parts.metrics.disk_defrag_inflight.set(0);
         self.parts
             .metrics
             .disk_backend_defrag_duration_seconds
             .observe(began.elapsed().as_secs_f64());
-        written.map_err(|()| Error::Stopped)?;
+        written?;
         Ok(DefragmentResponse::default())
     }
 

@@ -479,6 +479,7 @@ impl Member {
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
             log: log_sender.clone(),
+            durable_index: applied.index,
             published: Arc::clone(&published),
             busy,
             full: Arc::clone(&full),

@@ -19,6 +19,8 @@
 //! * Records are deleted only after a durable head says that the compaction which
 //!   removed them has happened.
 //! * The log is truncated only to what a durable checkpoint has passed.
+//! * The head's index never goes back: leases are written in place, so an older head
+//!   beside newer leases would be the state of no index at all.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -34,6 +36,7 @@ use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
 use super::records;
+use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::state::{Cut, StateMachine};
@@ -66,8 +69,9 @@ pub enum CutReason {
 pub enum CheckpointTask {
     /// Write this and make it durable.
     Write(Box<Cut>, CutReason),
-    /// Write everything anew, give back the space of the old checkpoint, and answer.
-    Rewrite(oneshot::Sender<()>),
+    /// Write everything anew, give back the space of the old checkpoint, and answer:
+    /// [`Error::NoSpace`] when the disk cannot hold both for a while.
+    Rewrite(oneshot::Sender<Result<(), Error>>),
     /// Stop. What is queued before it is written.
     Stop,
 }
@@ -175,6 +179,8 @@ pub struct CheckpointThread {
     pub tasks: Receiver<CheckpointTask>,
     /// Where the log is told what it no longer needs to hold.
     pub log: Sender<LogTask>,
+    /// The applied index of the checkpoint as it is on disk.
+    pub durable_index: u64,
     /// Told the checkpoint's size.
     pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
@@ -210,9 +216,16 @@ impl CheckpointThread {
                     self.busy.store(false, Ordering::Release);
                 }
                 CheckpointTask::Rewrite(done) => {
-                    self.retry_while_full(Self::rewrite)?;
+                    let rewritten = match self.rewrite() {
+                        Err(error) if error.is_full() => {
+                            tracing::warn!(%error, "no space to write the checkpoint anew");
+                            self.generations.abandon();
+                            Err(Error::NoSpace)
+                        }
+                        other => Ok(other?),
+                    };
                     // Whoever asked may have gone.
-                    let _ = done.send(());
+                    let _ = done.send(rewritten);
                 }
                 CheckpointTask::Stop => break,
             }
@@ -223,11 +236,11 @@ impl CheckpointThread {
     fn write(&mut self, cut: &Cut, reason: CutReason) -> Result<(), StorageError> {
         let began = Instant::now();
         let index = cut.head.applied_index;
-        self.retry_while_full(|thread| match thread.storage.as_deref_mut() {
-            Some(storage) => records::write(storage, cut),
-            // A store that failed is not trusted again; everything is in memory.
-            None => thread.rewrite(),
-        })?;
+        // Everything was written anew after a cut that waited behind that: it holds the cut.
+        let is_superseded = index < self.durable_index;
+        if !is_superseded && !self.write_while_full(cut)? {
+            return Ok(());
+        }
         let took = began.elapsed().as_secs_f64();
         self.metrics.disk_backend_commit_duration_seconds.observe(took);
         tracing::debug!(
@@ -264,26 +277,34 @@ impl CheckpointThread {
         }
     }
 
-    /// Nothing is lost while the disk is full: the log holds what the checkpoint lacks,
-    /// and no write that takes space is admitted.
-    fn retry_while_full(
-        &mut self,
-        mut attempt: impl FnMut(&mut Self) -> Result<(), StorageError>,
-    ) -> Result<(), StorageError> {
-        while let Err(error) = attempt(self) {
-            if !error.is_full() {
-                return Err(error);
-            }
-            self.storage = None;
-            if !self.full.swap(true, Ordering::AcqRel) {
-                tracing::error!(%error, "the checkpoint's disk is full: writes that take space are refused until it has space again");
+    /// Writes a cut, however long its disk is full. Nothing is lost meanwhile: the log
+    /// holds what the checkpoint lacks, and no write that takes space is admitted. Returns
+    /// whether the cut is durable; it is not when the server stops first.
+    fn write_while_full(&mut self, cut: &Cut) -> Result<bool, StorageError> {
+        loop {
+            let written = match self.storage.as_deref_mut() {
+                Some(storage) => records::write(storage, cut),
+                // A store that failed is not trusted again; everything is in memory.
+                None => self.rewrite(),
+            };
+            match written {
+                Ok(()) => {
+                    self.durable_index = self.durable_index.max(cut.head.applied_index);
+                    return Ok(true);
+                }
+                Err(error) if error.is_full() => {
+                    self.storage = None;
+                    if !self.full.swap(true, Ordering::AcqRel) {
+                        tracing::error!(%error, "the checkpoint's disk is full: writes that take space are refused until it has space again");
+                    }
+                }
+                Err(error) => return Err(error),
             }
             if self.stopping.load(Ordering::Acquire) {
-                return Ok(());
+                return Ok(false);
             }
             std::thread::sleep(FULL_RETRY);
         }
-        Ok(())
     }
 
     /// Writes everything there is into the next checkpoint, which then counts.
@@ -295,7 +316,11 @@ impl CheckpointThread {
         self.generations.switch()?;
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
         self.storage = Some(next);
+        self.durable_index = image.head.applied_index;
         tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -44,6 +44,10 @@ pub trait Generations: Send {
     /// # Errors
     /// The one before still counts.
     fn switch(&mut self) -> Result<(), StorageError>;
+
+    /// Gives back the space of a checkpoint that was begun and will not count. It must
+    /// not be in use any more.
+    fn abandon(&mut self);
 }
 
 /// Checkpoints below a member's directory.
@@ -158,11 +162,15 @@ impl Generations for DiskGenerations {
         let next = self.number + 1;
         self.write_current(next).map_err(|error| self.io("replace CURRENT", error))?;
         self.number = next;
-        if let Err(error) = self.remove_others() {
-            // It does not count any more; the next start tries again.
-            tracing::warn!(%error, "cannot remove the checkpoint that was replaced");
-        }
+        self.abandon();
         Ok(())
+    }
+
+    fn abandon(&mut self) {
+        if let Err(error) = self.remove_others() {
+            // It does not count; the next one begun, or the next start, tries again.
+            tracing::warn!(%error, "cannot remove a checkpoint that does not count");
+        }
     }
 }
 
@@ -178,6 +186,8 @@ impl Generations for MemoryGenerations {
     fn switch(&mut self) -> Result<(), StorageError> {
         Ok(())
     }
+
+    fn abandon(&mut self) {}
 }
 
 #[cfg(test)]
