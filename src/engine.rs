@@ -540,7 +540,7 @@ impl Engine {
             raft_applied_index: applied.index,
             errors,
             db_size_in_use: in_use.max(1),
-            is_learner: false,
+            is_learner: self.is_learner(),
             storage_version: self.parts.versions.storage.to_owned(),
             db_size_quota: i64::try_from(quota).unwrap_or(i64::MAX),
             downgrade_info: Some(DowngradeInfo::default()),
