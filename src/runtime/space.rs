@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Less free space than this is kept for what has been acknowledged already: the
-/// log's next segment, and one checkpoint of what is in memory.
+/// log's next segment, and the changes that the next checkpoint writes.
 pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
 /// How often the disks are asked.
 const INTERVAL: Duration = Duration::from_millis(500);
