@@ -85,14 +85,18 @@ struct UnderWay {
 
 impl UnderWay {
     fn begin(hashes: &Arc<CompactionHashes>, revision: i64) -> UnderWay {
-        hashes.kept.send_modify(|kept| drop(kept.under_way.insert(revision)));
+        hashes.kept.send_modify(|kept| {
+            kept.under_way.insert(revision);
+        });
         UnderWay { hashes: Arc::clone(hashes), revision }
     }
 }
 
 impl Drop for UnderWay {
     fn drop(&mut self) {
-        self.hashes.kept.send_modify(|kept| drop(kept.under_way.remove(&self.revision)));
+        self.hashes.kept.send_modify(|kept| {
+            kept.under_way.remove(&self.revision);
+        });
     }
 }
 
