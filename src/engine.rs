@@ -35,7 +35,7 @@ use crate::error::Error;
 use crate::lease;
 use crate::metrics::{Metrics, Op};
 use crate::pb::etcdserverpb::*;
-use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
+use crate::pb::kvorumpb::{MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
@@ -332,12 +332,6 @@ impl Engine {
             }
             other => Err(unexpected(&other)),
         }
-    }
-
-    /// Compacts as the leader of `term` decided by `--auto-compaction-*`.
-    pub(crate) async fn auto_compact(&self, term: u64, revision: i64) -> Result<(), Error> {
-        let request = Request::AutoCompact(AutoCompact { term, revision });
-        self.parts.proposer.propose(request).await.map(drop)
     }
 
     // ---- Watch ----
@@ -679,12 +673,6 @@ impl Engine {
     /// How long a request waits for the cluster before it is answered as timed out.
     pub fn request_timeout(&self) -> Duration {
         self.parts.proposer.request_timeout()
-    }
-
-    /// This member's term, if it leads.
-    pub(crate) fn leads_in_term(&self) -> Option<u64> {
-        let role = *self.parts.published.role.borrow();
-        role.is_leader.then_some(role.term)
     }
 
     /// The newest revision.
