@@ -748,6 +748,13 @@ impl Engine {
     /// Judges whether a request of this cost fits into the quota. When not, raises the
     /// NOSPACE alarm, as etcd does, and refuses.
     async fn reserve(&self, cost: u64) -> Result<(), Error> {
+        let patience = Instant::now() + self.request_timeout();
+        while self.parts.shortage.is_behind() {
+            if Instant::now() >= patience {
+                return Err(Error::TooManyRequests);
+            }
+            tokio::time::sleep(CHECKPOINT_PAUSE).await;
+        }
         if self.parts.shortage.is_present() {
             return Err(Error::NoSpace);
         }

@@ -18,6 +18,9 @@ pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
 /// What a byte of records takes on the disk, once in the store: measured, values of 1 KiB
 /// and more take 1.8 bytes, of 100 bytes 2.9.
 pub const STORE_BYTES_PER_BYTE: u64 = 3;
+/// Writers wait when more than this is applied and not yet in the checkpoint. It bounds the
+/// memory that holds it, and what the log has to keep and a restart to replay.
+pub const UNWRITTEN_BYTES_MAX: usize = 256 * 1024 * 1024;
 /// How often the disks are asked.
 const INTERVAL: Duration = Duration::from_millis(100);
 
@@ -48,9 +51,19 @@ impl Shortage {
 
     /// Space that the checkpoint is about to take for what is acknowledged already.
     fn owed_bytes(&self) -> u64 {
-        let dirty = self.dirty_bytes.load(Ordering::Relaxed) as u64;
-        let cut = self.cut_bytes.load(Ordering::Relaxed) as u64;
-        dirty.saturating_add(cut).saturating_mul(STORE_BYTES_PER_BYTE)
+        (self.unwritten_bytes() as u64).saturating_mul(STORE_BYTES_PER_BYTE)
+    }
+
+    /// Records that are applied and not yet in a durable checkpoint, in bytes.
+    fn unwritten_bytes(&self) -> usize {
+        let dirty = self.dirty_bytes.load(Ordering::Relaxed);
+        dirty.saturating_add(self.cut_bytes.load(Ordering::Relaxed))
+    }
+
+    /// Whether writers are so far ahead of the checkpoint that they have to wait:
+    /// [`UNWRITTEN_BYTES_MAX`].
+    pub fn is_behind(&self) -> bool {
+        self.unwritten_bytes() > UNWRITTEN_BYTES_MAX
     }
 
     /// The checkpoint has to wait for space, or need not any more. Returns what was so.
