@@ -24,7 +24,6 @@
 //! the write: it may still happen.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
@@ -44,6 +43,7 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
+use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::{RangeScan, Step};
@@ -122,8 +122,8 @@ pub(crate) struct Parts {
     pub(crate) fault: Fault,
     /// Whether the server takes no new work.
     pub(crate) stopping: watch::Receiver<bool>,
-    /// Set while a disk has no space left to give.
-    pub(crate) full: Arc<AtomicBool>,
+    /// Whether a disk has no space left to give.
+    pub(crate) shortage: Arc<Shortage>,
     pub(crate) limits: Limits,
     pub(crate) versions: Versions,
 }
@@ -741,7 +741,14 @@ impl Engine {
     /// Judges whether a request of this cost fits into the quota. When not, raises the
     /// NOSPACE alarm, as etcd does, and refuses.
     async fn reserve(&self, cost: u64) -> Result<(), Error> {
-        if self.parts.full.load(Ordering::Acquire) {
+        let patience = Instant::now() + self.request_timeout();
+        while self.parts.shortage.is_behind() {
+            if Instant::now() >= patience {
+                return Err(Error::TooManyRequests);
+            }
+            tokio::time::sleep(CHECKPOINT_PAUSE).await;
+        }
+        if self.parts.shortage.is_present() {
             return Err(Error::NoSpace);
         }
         let Some(quota) = self.parts.limits.quota_bytes else { return Ok(()) };

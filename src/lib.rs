@@ -69,14 +69,14 @@
 //! - A server is its own: several run side by side in one process, each with its state,
 //!   threads (four, named `kvorum-…`), sockets and metrics. A data directory belongs to one of
 //!   them at a time. What sled, below the checkpoints, shares in a process costs time only.
-//! - [`Server::start`] is called within a [tokio](https://docs.rs/tokio) runtime of either
+//! - [`Server::start`] is called within a tokio runtime of either
 //!   flavor, with I/O and time enabled, and the server's tasks run there.
 //! - [`Server::shutdown`] leaves no thread, socket or open file. Dropping a server stops it
 //!   too, without waiting. Handles may outlive it: their calls fail with [`Error::Stopped`].
 //! - Nothing here exits, aborts or installs handlers: no signal handler, panic hook or
 //!   logger. A failing disk ends the server, not the program: see
 //!   [`Server::wait_for_failure`].
-//! - Logs are [`tracing`](https://docs.rs/tracing) events, for whatever subscriber the
+//! - Logs are `tracing` events, for whatever subscriber the
 //!   program has.
 //! - Panics must unwind (no `panic = "abort"`): sled's, on a damaged file, are caught and
 //!   become errors.

@@ -8,7 +8,6 @@ mod logging;
 mod systemd;
 
 use std::io::{self, Write};
-use std::num::NonZero;
 use std::process::ExitCode;
 
 use kvorum::config::{Config, Outcome};
@@ -42,11 +41,9 @@ fn fail(message: &str, exit_code: u8) -> ExitCode {
 }
 
 fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
-    // One worker per processor does the clients' work; raft, apply and checkpoint have
-    // threads of their own. Two at least, so that a long step of one leaves the other.
-    let workers = std::thread::available_parallelism().map_or(2, NonZero::get).max(2);
-    let runtime =
-        tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?;
+    // One worker per processor, or TOKIO_WORKER_THREADS, does the clients' work; raft, log,
+    // apply and checkpoint have threads of their own.
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(serve(config))
 }
 

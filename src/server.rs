@@ -229,7 +229,7 @@ impl Routers {
         }
         Ok(Routers {
             all: http::one_port(grpc.clone(), http.clone(), access.clone()),
-            grpc,
+            grpc: http::grpc_only(grpc),
             http: http::guarded(http, access),
             monitoring: http::metrics_router(source, Arc::clone(metrics), timeout),
         })

@@ -12,7 +12,7 @@
 //! A record is a value under a [`Table`] and a key. [`Storage`] has three
 //! implementations that one suite of tests holds to the same behaviour:
 //!
-//! - [`SledStorage`] keeps records on disk, with [sled](https://docs.rs/sled/0.34.7).
+//! - [`SledStorage`] keeps records on disk, with sled 0.34.7.
 //! - [`MemoryStorage`] keeps them in a map.
 //! - [`FaultyStorage`] does too, and fails, or loses what was not synced, on demand.
 //!
@@ -182,6 +182,11 @@ pub trait Storage: Send {
         visit: &mut Visit<'_>,
     ) -> Result<(), StorageError>;
 
+    /// After a failure: whether all that was synced is still there for certain, so that
+    /// the storage may be dropped, opened again and gone on with. Otherwise the kernel may
+    /// have lost pages that it goes on showing, and only a new copy is worth anything.
+    fn may_be_reopened(&mut self) -> bool;
+
     /// The bytes it takes on disk.
     fn size_on_disk(&self) -> Result<u64, StorageError>;
 }
@@ -189,7 +194,8 @@ pub trait Storage: Send {
 impl StorageError {
     /// Whether the disk has no space left: the same may succeed once it has.
     pub fn is_full(&self) -> bool {
-        matches!(self, StorageError::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull)
+        let StorageError::Io { source, .. } = self else { return false };
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
 }
 

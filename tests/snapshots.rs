@@ -218,7 +218,14 @@ async fn very_small_counts_work() {
 /// A member that is restarted more often than it makes snapshots cuts its log all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn restarts_do_not_let_the_log_grow() {
-    let home = Home::new(&["--snapshot-count=100", "--snapshot-catchup-entries=10"]);
+    for catch_up_entries in ["10", "100"] {
+        many_lives(catch_up_entries).await;
+    }
+}
+
+/// Lives of 60 puts each, with a snapshot every 100.
+async fn many_lives(catch_up_entries: &str) {
+    let home = Home::new(&["--snapshot-count=100", "--snapshot-catchup-entries", catch_up_entries]);
     let mut entries = Vec::new();
     for life in 0..8 {
         let mut started = home.start();
@@ -244,7 +251,7 @@ fn disk_usage_bytes(directory: &Path) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_logs_files_are_used_again() {
     const SEGMENT_BYTES: u64 = 64 << 20;
-    const ROUNDS: usize = 18;
+    const ROUNDS: usize = 20;
     const PUTS_PER_ROUND: usize = 64;
     // Without fsync, because this is about names and sizes, not about speed.
     let home =
@@ -270,7 +277,7 @@ async fn the_logs_files_are_used_again() {
         most = most.max(disk_usage_bytes(&home.wal_dir()));
     }
     let written = home.scrape().value("etcd_disk_wal_write_bytes_total");
-    assert!(written > 4.0 * SEGMENT_BYTES as f64, "only {written} bytes were written");
+    assert!(written > 4.5 * SEGMENT_BYTES as f64, "only {written} bytes were written");
     assert!(most <= 3 * SEGMENT_BYTES, "the log took {most} bytes for {written} written");
 }
 

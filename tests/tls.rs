@@ -216,8 +216,10 @@ fn curl_speaks_both_versions_of_http_on_the_port_of_grpc() {
     // Nobody comes in without a certificate, not even for their health.
     let health = format!("{url}/health");
     assert_eq!(home.curl(&["--cacert", "ca.pem", &health]), None);
-    // And not without TLS.
-    assert_eq!(home.curl(&[&format!("http://127.0.0.1:{}/health", home.port)]), None);
+    // And without TLS one is told what is wrong.
+    let plain = http::get(&format!("127.0.0.1:{}", home.port), "/health").unwrap();
+    assert_eq!(plain.status, 400);
+    assert_eq!(plain.text(), "Client sent an HTTP request to an HTTPS server.\n");
 }
 
 /// The certificate a server shows, asked with the files `ca` and, if it is not empty, the
@@ -420,8 +422,8 @@ fn http_has_ports_of_its_own_when_it_is_given_some() {
     };
     assert_eq!(range(port).unwrap().status, 200);
     // The clients' port has gRPC alone.
-    assert!(!get(home.port, "/health").is_ok_and(|answer| answer.status == 200));
-    assert!(!range(home.port).is_ok_and(|answer| answer.status == 200));
+    assert_eq!(get(home.port, "/health").unwrap().status, 415);
+    assert_eq!(range(home.port).unwrap().status, 415);
     for etcdctl in etcdctls(test) {
         let run = |port: u16| {
             let endpoint = format!("127.0.0.1:{port}");
@@ -453,8 +455,10 @@ fn a_socket_file_serves_curl_and_etcdctl() {
         let path = socket.to_str().unwrap();
         let health = home.curl(&["--unix-socket", path, "http://localhost/health"]);
         assert_eq!(health.as_deref(), Some(r#"{"health":"true","reason":""}"#));
-        for etcdctl in etcdctls(test) {
-            let output = home.run(etcdctl, &["--endpoints", &url, "put", "k", "v"]);
+        // That of 3.4 names the socket's path as the authority, slashes and all, which the
+        // HTTP/2 library refuses; clients since 3.5 say localhost.
+        if let Some(judges) = judge::find(test) {
+            let output = home.run(judges.etcdctl, &["--endpoints", &url, "put", "k", "v"]);
             assert_eq!(text(&output), "OK\n", "{output:?}");
         }
         started.kill();

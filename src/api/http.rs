@@ -468,6 +468,19 @@ pub fn guarded(http: Router, access: AccessControl) -> Router {
     http.layer(middleware::from_fn_with_state(Arc::new(access), control))
 }
 
+/// `grpc` alone: for a clients' port beside `--listen-client-http-urls`. What is not gRPC
+/// is answered 415 as by grpc-go, and not 200 with an error only gRPC can read: a probe
+/// of this port must not take the member for healthy.
+pub fn grpc_only(grpc: Router) -> Router {
+    let refusal = || async {
+        error(
+            StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            "this port serves gRPC; HTTP is served where --listen-client-http-urls says",
+        )
+    };
+    Router::new().fallback_service(OnePort { grpc, http: Router::new().fallback(refusal) })
+}
+
 #[derive(Clone)]
 struct OnePort {
     grpc: Router,

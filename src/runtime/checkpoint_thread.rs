@@ -23,9 +23,10 @@
 //!   beside newer leases would be the state of no index at all.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
@@ -36,6 +37,7 @@ use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
 use super::records;
+use super::space::{self, STORE_BYTES_PER_BYTE, Shortage};
 use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
@@ -51,6 +53,11 @@ const DIRTY_BYTES_SOON: usize = 16 * 1024 * 1024;
 const BUSY_RETRY: Duration = Duration::from_millis(10);
 /// A store that is full is tried again after this.
 const FULL_RETRY: Duration = Duration::from_secs(1);
+/// Free space that a checkpoint takes, in bytes, beside its records: a store that runs
+/// into the end of its disk must be opened anew, which is better avoided.
+const STORE_SPARE_BYTES: u64 = 8 << 20;
+/// Space that a rewrite leaves to the log, in bytes.
+const REWRITE_SPARES_BYTES: u64 = 32 << 20;
 /// Keys gathered in one hold of the state's lock when everything is written anew.
 const KEYS_PER_STEP: usize = 4096;
 
@@ -70,7 +77,7 @@ pub enum CheckpointTask {
     /// Write this and make it durable.
     Write(Box<Cut>, CutReason),
     /// Write everything anew, give back the space of the old checkpoint, and answer:
-    /// [`Error::NoSpace`] when the disk cannot hold both for a while.
+    /// [`Error::NoSpace`] when there is no space for both.
     Rewrite(oneshot::Sender<Result<(), Error>>),
     /// Stop. What is queued before it is written.
     Stop,
@@ -86,23 +93,27 @@ pub struct Checkpointer {
     applied_index: u64,
     dirty_bytes: usize,
     dirty_since: Option<Instant>,
+    shortage: Arc<Shortage>,
 }
 
 impl Checkpointer {
-    /// `snapshot_index` is that of the last snapshot, as far as it is known; `busy` is
-    /// shared with the checkpoint thread.
+    /// `snapshot_index` is that of the last snapshot, as far as it is known, `applied_index`
+    /// what was recovered; `busy` and `shortage` are shared with the checkpoint thread.
     pub fn new(
         tasks: Sender<CheckpointTask>,
         busy: Arc<AtomicBool>,
+        shortage: Arc<Shortage>,
         snapshot_count: u64,
         snapshot_index: u64,
+        applied_index: u64,
     ) -> Checkpointer {
         Checkpointer {
             tasks,
             busy,
+            shortage,
             snapshot_count,
             snapshot_index,
-            applied_index: snapshot_index,
+            applied_index,
             dirty_bytes: 0,
             dirty_since: None,
         }
@@ -113,6 +124,7 @@ impl Checkpointer {
         let dirty = state.dirty();
         self.applied_index = state.applied().index;
         self.dirty_bytes = dirty.records_bytes;
+        self.shortage.set_dirty_bytes(dirty.records_bytes);
         if !dirty.is_empty() && self.dirty_since.is_none() {
             self.dirty_since = Some(Instant::now());
         }
@@ -150,6 +162,8 @@ impl Checkpointer {
             );
             self.snapshot_index = cut.head.applied_index;
         }
+        self.shortage.set_cut_bytes(cut.dirty.records_bytes);
+        self.shortage.set_dirty_bytes(0);
         self.dirty_bytes = 0;
         self.dirty_since = None;
         // The checkpoint thread ends only when told to, or with a fault raised.
@@ -185,15 +199,17 @@ pub struct CheckpointThread {
     pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
     pub busy: Arc<AtomicBool>,
-    /// Set while the store has no space; writes are refused meanwhile.
-    pub full: Arc<AtomicBool>,
+    /// Where the store is, to ask how much space there is; `None` when in memory.
+    pub directory: Option<PathBuf>,
+    /// Told while the store waits for space; writes are refused meanwhile.
+    pub shortage: Arc<Shortage>,
+    /// While `storage` is `None`: the checkpoint that counts may be opened anew.
+    pub reopen: bool,
     /// `--snapshot-catchup-entries`.
     pub catch_up_entries: u64,
     /// Snapshots that the log still reaches back to, oldest first: the places to
     /// truncate it at.
     pub snapshots: VecDeque<Mark>,
-    /// Set when the server stops: then a full store is not waited for.
-    pub stopping: Arc<AtomicBool>,
     /// Where a fatal error goes.
     pub fault: Fault,
     /// Times.
@@ -209,39 +225,105 @@ impl CheckpointThread {
     }
 
     fn run_until_stopped(&mut self) -> Result<(), StorageError> {
-        while let Ok(task) = self.tasks.recv() {
+        let mut waiting: Option<WaitingCut> = None;
+        loop {
+            let task = match &waiting {
+                None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(_) => self.tasks.recv_timeout(FULL_RETRY),
+            };
             match task {
-                CheckpointTask::Write(cut, reason) => {
-                    self.write(&cut, reason)?;
-                    self.busy.store(false, Ordering::Release);
+                Ok(CheckpointTask::Write(cut, reason)) => {
+                    waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
                 }
-                CheckpointTask::Rewrite(done) => {
-                    let rewritten = match self.rewrite() {
-                        Err(error) if error.is_full() => {
-                            tracing::warn!(%error, "no space to write the checkpoint anew");
-                            self.generations.abandon();
-                            Err(Error::NoSpace)
-                        }
-                        other => Ok(other?),
-                    };
+                Ok(CheckpointTask::Rewrite(done)) => {
+                    let rewritten = self.rewrite_where_there_is_space()?;
                     // Whoever asked may have gone.
                     let _ = done.send(rewritten);
                 }
-                CheckpointTask::Stop => break,
+                // What waits for space is in the log.
+                Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(cut) = &waiting
+                && self.write(cut)?
+            {
+                waiting = None;
             }
         }
-        Ok(())
     }
 
-    fn write(&mut self, cut: &Cut, reason: CutReason) -> Result<(), StorageError> {
-        let began = Instant::now();
-        let index = cut.head.applied_index;
-        // Everything was written anew after a cut that waited behind that: it holds the cut.
-        let is_superseded = index < self.durable_index;
-        if !is_superseded && !self.write_while_full(cut)? {
-            return Ok(());
+    /// Writes a cut if there is space for it; `false` if there is none. Nothing is lost
+    /// meanwhile: the log holds what the checkpoint lacks, and no write that takes space is
+    /// admitted.
+    fn write(&mut self, waiting: &WaitingCut) -> Result<bool, StorageError> {
+        let WaitingCut { cut, reason, since } = waiting;
+        let needed_bytes = needed_bytes(cut.dirty.records_bytes as u64);
+        // Everything was written anew while the cut waited: the checkpoint holds it.
+        let is_superseded = cut.head.applied_index < self.durable_index;
+        if !is_superseded && !self.write_where_there_is_space(cut, needed_bytes)? {
+            if !self.shortage.set_checkpoint_waits(true) {
+                tracing::error!(
+                    needed_bytes,
+                    "the checkpoint waits for space on its disk: \
+                     writes that take space are refused until it has some"
+                );
+            }
+            return Ok(false);
         }
-        let took = began.elapsed().as_secs_f64();
+        if self.shortage.set_checkpoint_waits(false) {
+            tracing::info!("the checkpoint has space again");
+        }
+        self.shortage.set_cut_bytes(0);
+        self.busy.store(false, Ordering::Release);
+        self.tell(cut, *reason, since.elapsed())?;
+        Ok(true)
+    }
+
+    fn write_where_there_is_space(
+        &mut self,
+        cut: &Cut,
+        needed_bytes: u64,
+    ) -> Result<bool, StorageError> {
+        if self.has_free(needed_bytes) && self.has_storage()? {
+            let Some(storage) = self.storage.as_deref_mut() else { return Ok(false) };
+            return match records::write(storage, cut) {
+                Ok(()) => {
+                    self.durable_index = cut.head.applied_index;
+                    Ok(true)
+                }
+                Err(error) if error.is_full() => {
+                    tracing::error!(%error, "the checkpoint's disk is full");
+                    self.reopen = storage.may_be_reopened();
+                    self.storage = None;
+                    Ok(false)
+                }
+                Err(error) => Err(error),
+            };
+        }
+        // Everything is in memory, this cut included. It may be that compaction has left
+        // so little that all of it fits where what was there before does not.
+        Ok(self.rewrite_where_there_is_space()?.is_ok())
+    }
+
+    /// Whether there is a store to go on with: the one that ran into the end of the disk,
+    /// perhaps, opened anew. All earlier cuts are in there, durably.
+    fn has_storage(&mut self) -> Result<bool, StorageError> {
+        if self.storage.is_none() && self.reopen {
+            match self.generations.reopen() {
+                Ok(storage) => self.storage = Some(storage),
+                Err(error) => {
+                    tracing::warn!(%error, "cannot go on with the checkpoint that failed");
+                    self.reopen = error.is_full();
+                }
+            }
+        }
+        Ok(self.storage.is_some())
+    }
+
+    /// The cut is durable.
+    fn tell(&mut self, cut: &Cut, reason: CutReason, took: Duration) -> Result<(), StorageError> {
+        let index = cut.head.applied_index;
+        let took = took.as_secs_f64();
         self.metrics.disk_backend_commit_duration_seconds.observe(took);
         tracing::debug!(
             index,
@@ -277,49 +359,58 @@ impl CheckpointThread {
         }
     }
 
-    /// Writes a cut, however long its disk is full. Nothing is lost meanwhile: the log
-    /// holds what the checkpoint lacks, and no write that takes space is admitted. Returns
-    /// whether the cut is durable; it is not when the server stops first.
-    fn write_while_full(&mut self, cut: &Cut) -> Result<bool, StorageError> {
-        loop {
-            let written = match self.storage.as_deref_mut() {
-                Some(storage) => records::write(storage, cut),
-                // A store that failed is not trusted again; everything is in memory.
-                None => self.rewrite(),
-            };
-            match written {
-                Ok(()) => {
-                    self.durable_index = self.durable_index.max(cut.head.applied_index);
-                    return Ok(true);
-                }
-                Err(error) if error.is_full() => {
-                    self.storage = None;
-                    if !self.full.swap(true, Ordering::AcqRel) {
-                        tracing::error!(%error, "the checkpoint's disk is full: writes that take space are refused until it has space again");
-                    }
-                }
-                Err(error) => return Err(error),
+    fn has_free(&self, bytes: u64) -> bool {
+        let free = self.directory.as_deref().and_then(space::free_bytes);
+        free.is_none_or(|free| free >= bytes)
+    }
+
+    /// Writes everything there is into the next checkpoint, which then counts, and gives
+    /// back the one before. Refused rather than that it leaves the log without space; then,
+    /// and after an error, the one before counts.
+    fn rewrite_where_there_is_space(&mut self) -> Result<Result<(), Error>, StorageError> {
+        let needed_bytes = needed_bytes(self.state.read().store().size_bytes());
+        if !self.has_free(needed_bytes.saturating_add(REWRITE_SPARES_BYTES)) {
+            tracing::debug!(needed_bytes, "no space to write the checkpoint anew");
+            return Ok(Err(Error::NoSpace));
+        }
+        match self.write_next() {
+            Ok(next) => {
+                // Closes the one before, and then its space can go.
+                self.storage = Some(next);
+                self.generations.discard();
+                Ok(Ok(()))
             }
-            if self.stopping.load(Ordering::Acquire) {
-                return Ok(false);
+            Err(error) if error.is_full() => {
+                self.generations.discard();
+                tracing::warn!(%error, "no space to write the checkpoint anew");
+                Ok(Err(Error::NoSpace))
             }
-            std::thread::sleep(FULL_RETRY);
+            Err(error) => Err(error),
         }
     }
 
-    /// Writes everything there is into the next checkpoint, which then counts.
-    fn rewrite(&mut self) -> Result<(), StorageError> {
+    fn write_next(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         let mut next = self.generations.begin()?;
         let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
         records::write(next.as_mut(), &image)?;
-        self.storage = None;
         self.generations.switch()?;
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
-        self.storage = Some(next);
         self.durable_index = image.head.applied_index;
-        tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
-        Ok(())
+        tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");
+        Ok(next)
     }
+}
+
+/// A cut on its way to the disk.
+struct WaitingCut {
+    cut: Box<Cut>,
+    reason: CutReason,
+    since: Instant,
+}
+
+/// What must be free to write records of so many bytes.
+fn needed_bytes(records_bytes: u64) -> u64 {
+    records_bytes.saturating_mul(STORE_BYTES_PER_BYTE).saturating_add(STORE_SPARE_BYTES)
 }
 
 #[cfg(test)]

@@ -16,9 +16,10 @@ use super::StartError;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
 use crate::config::{AutoCompaction, Config, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
+use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::ResponseHeader;
-use crate::raft::Node;
+use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{AutoCompactor, Retention};
 use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer};
@@ -33,7 +34,7 @@ use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::raft_thread::RaftThread;
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
-use crate::runtime::space::Space;
+use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
@@ -57,12 +58,12 @@ impl Member {
         let recovery = recover(config, place.clone(), &limits).await?;
         let Recovery { state, start, log, storage, generations, identity, .. } = recovery;
         let applied = state.applied();
+        // When the last snapshot was made is not known, but the log was cut behind it: were
+        // the next one counted from here, a member that is often restarted would make none.
+        let catch_up = config.snapshot_catchup();
+        let snapshot_index = applied.index.min(start.start.index.saturating_add(catch_up));
+        let snapshots = places_to_truncate(&start, applied, catch_up);
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
-        // The checkpoint just read is as good as a snapshot. When the last one was made
-        // before that is not known, but the log was cut behind it: were it made at the
-        // checkpoint, a member that is often restarted would never make another.
-        let snapshot_index =
-            applied.index.min(start.start.index.saturating_add(config.snapshot_catchup()));
         let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
         metrics.kvorum_raft_log_first_index.set(first_index);
         tell_settings(&metrics, config, &limits);
@@ -70,7 +71,7 @@ impl Member {
         metrics.identify(ETCD_VERSION, state.cluster_version(), identity.member_id);
 
         let fault = Fault::default();
-        let full = Arc::new(AtomicBool::new(false));
+        let shortage = Arc::new(Shortage::default());
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_bytes());
@@ -84,7 +85,6 @@ impl Member {
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
         let signal = watch::Sender::new(false);
         let busy = Arc::new(AtomicBool::new(false));
-        let stopping = Arc::new(AtomicBool::new(false));
 
         let header_source = {
             let published = Arc::clone(&published);
@@ -137,7 +137,7 @@ impl Member {
             },
             fault: fault.clone(),
             stopping: signal.subscribe(),
-            full: Arc::clone(&full),
+            shortage: Arc::clone(&shortage),
             limits: limits.clone(),
             versions: Versions { server: ETCD_VERSION, storage: ETCD_STORAGE_VERSION },
         });
@@ -146,15 +146,16 @@ impl Member {
             raft: raft_sender.clone(),
             checkpoint: checkpoint_sender.clone(),
             waiters: Arc::clone(&waiters),
-            stopping: Arc::clone(&stopping),
             front: Vec::new(),
             checkpointer: None,
         };
         let checkpointer = Checkpointer::new(
             checkpoint_sender,
             Arc::clone(&busy),
+            Arc::clone(&shortage),
             config.snapshot_entries(),
             snapshot_index,
+            applied.index,
         );
         let checkpoint_thread = CheckpointThread {
             storage: Some(storage),
@@ -166,10 +167,14 @@ impl Member {
             durable_index: applied.index,
             published: Arc::clone(&published),
             busy,
-            full: Arc::clone(&full),
-            catch_up_entries: config.snapshot_catchup(),
-            snapshots: VecDeque::from([applied]),
-            stopping,
+            shortage: Arc::clone(&shortage),
+            directory: match &place {
+                Place::Disk { data_dir, .. } => Some(data_dir.clone()),
+                Place::Memory => None,
+            },
+            reopen: false,
+            catch_up_entries: catch_up,
+            snapshots,
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
         };
@@ -238,7 +243,7 @@ impl Member {
         }
         if let Place::Disk { data_dir, wal_dir, .. } = place {
             let directories = std::iter::once(data_dir).chain(wal_dir).collect();
-            tasks.push(tokio::spawn(Space { directories, low: full }.watch()));
+            tasks.push(tokio::spawn(Space { directories, shortage }.watch()));
         }
         let stop = Stop { signal, hub: hub_handle.clone(), tasks, threads: Some(threads) };
         let end =
@@ -271,7 +276,7 @@ async fn recover(config: &Config, place: Place, limits: &Limits) -> Result<Recov
     let Recovery { state, start, identity, is_new, .. } = &mut recovery;
     start.election_ticks = limits.election_ticks() as usize;
     start.pre_vote = config.pre_vote;
-    start.catch_up_entries = config.snapshot_catchup_entries;
+    start.catch_up_entries = config.snapshot_catchup();
     tracing::info!(
         member_id = format!("{:x}", identity.member_id),
         cluster_id = format!("{:x}", identity.cluster_id),
@@ -324,6 +329,16 @@ fn limits(config: &Config) -> Limits {
         election_timeout: config.election(),
         warning_unary_request_duration: config.warning_unary_request_duration,
     }
+}
+
+/// Where the log of a member that starts may be truncated at the next snapshots: as far
+/// behind the checkpoint that was read as members may catch up from the log, and at the
+/// checkpoint. The log is not cut there before the next snapshot is durable.
+fn places_to_truncate(start: &Start, applied: Mark, catch_up_entries: u64) -> VecDeque<Mark> {
+    let behind = applied.index.saturating_sub(catch_up_entries);
+    let entry = start.entries.iter().find(|entry| entry.index == behind);
+    let behind = entry.map(|entry| Mark { index: entry.index, term: entry.term });
+    behind.into_iter().chain((applied.index > start.start.index).then_some(applied)).collect()
 }
 
 /// Settings that show in the metrics.

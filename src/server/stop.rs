@@ -8,7 +8,6 @@
 //! still hands on. A thread that panics is a fatal error like any other.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread::JoinHandle as ThreadHandle;
 
@@ -79,7 +78,6 @@ pub(super) struct Threads {
     pub(super) raft: mpsc::Sender<RaftInput>,
     pub(super) checkpoint: mpsc::Sender<CheckpointTask>,
     pub(super) waiters: Arc<Waiters>,
-    pub(super) stopping: Arc<AtomicBool>,
     /// Raft, log and apply: the first tells the others.
     pub(super) front: Vec<ThreadHandle<()>>,
     pub(super) checkpointer: Option<ThreadHandle<()>>,
@@ -88,7 +86,6 @@ pub(super) struct Threads {
 impl Threads {
     /// Begins the end. A thread that is gone already needs no telling.
     fn tell(&self) {
-        self.stopping.store(true, Ordering::Release);
         let _ = self.raft.send(RaftInput::Stop);
         let _ = self.checkpoint.send(CheckpointTask::Stop);
     }
@@ -96,7 +93,6 @@ impl Threads {
     /// Stops the threads and waits for them. What they acknowledged is on disk then.
     /// Blocks.
     fn join(self) {
-        self.stopping.store(true, Ordering::Release);
         let _ = self.raft.send(RaftInput::Stop);
         for thread in self.front {
             // One that panicked has ended, too.

@@ -142,6 +142,10 @@ impl Storage for FaultyStorage {
         current.scan(table, from, to, visit)
     }
 
+    fn may_be_reopened(&mut self) -> bool {
+        false
+    }
+
     fn size_on_disk(&self) -> Result<u64, StorageError> {
         self.with_disk(|disk| disk.current.size_on_disk())
     }

@@ -10,6 +10,11 @@
 //! member/ckpt-3/     counts
 //! member/ckpt-4/     being filled; a crash now leaves it behind, and it is removed
 //! ```
+//!
+//! Without `CURRENT` no checkpoint ever counted: the member is new, and what lies there
+//! was begun by a start that did not get far. That this is so, and `CURRENT` not lost,
+//! is for the caller to know ([`DiskGenerations::is_new`]); until it has called
+//! [`DiskGenerations::open`], nothing is removed.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
@@ -38,16 +43,23 @@ pub trait Generations: Send {
     /// Like opening a storage.
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError>;
 
-    /// The checkpoint begun last counts from now on, durably; it must be synced, and the
-    /// one before it no longer in use.
+    /// The checkpoint that counts, opened anew, after the one that was open has failed
+    /// and was dropped: in the state after a crash, all that was synced and perhaps more.
     ///
     /// # Errors
-    /// The one before still counts.
-    fn switch(&mut self) -> Result<(), StorageError>;
+    /// Like opening a storage; also when it cannot be opened twice by one process.
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError>;
 
-    /// Gives back the space of a checkpoint that was begun and will not count. It must
-    /// not be in use any more.
-    fn abandon(&mut self);
+    /// Removes all checkpoints but the one that counts: one that was begun and failed, or
+    /// the one before the last switch. They must have been dropped.
+    fn discard(&mut self);
+
+    /// The checkpoint begun last counts from now on, durably; it must be synced.
+    ///
+    /// # Errors
+    /// After [`StorageError::is_full`] the one before still counts; otherwise only a new
+    /// start can tell.
+    fn switch(&mut self) -> Result<(), StorageError>;
 }
 
 /// Checkpoints below a member's directory.
@@ -61,6 +73,16 @@ pub struct DiskGenerations {
 }
 
 impl DiskGenerations {
+    /// Whether no checkpoint counts yet. Changes nothing.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn is_new(member_dir: &Path) -> Result<bool, StorageError> {
+        member_dir.join(CURRENT).try_exists().map(|exists| !exists).map_err(|source| {
+            StorageError::Io { dir: member_dir.to_owned(), action: "look for CURRENT", source }
+        })
+    }
+
     /// Opens the checkpoint that counts, or begins the first one, which counts once
     /// [`Generations::switch`] was called; `true` says that this is the case.
     /// Leftovers of others are removed.
@@ -112,23 +134,30 @@ impl DiskGenerations {
             let path = entry?.path();
             let name = path.file_name().and_then(|name| name.to_str());
             if name.is_some_and(|name| name.starts_with("ckpt-")) && path != keep {
+                SledStorage::give_back_space(&path);
                 fs::remove_dir_all(&path)?;
             }
         }
         Ok(())
     }
 
+    /// What does not count and cannot be removed now is in nobody's way: the next start
+    /// tries again.
+    fn remove_others_if_possible(&self) {
+        if let Err(error) = self.remove_others() {
+            let dir = self.member_dir.display();
+            tracing::warn!(%error, %dir, "cannot remove a checkpoint that does not count");
+        }
+    }
+
     fn io(&self, action: &'static str, source: io::Error) -> StorageError {
         StorageError::Io { dir: self.member_dir.clone(), action, source }
     }
 
-    fn write_current(&self, number: u64) -> io::Result<()> {
-        let temporary = self.member_dir.join(format!("{CURRENT}.tmp"));
-        let mut file = File::create(&temporary)?;
+    fn write_temporary(&self, path: &Path, number: u64) -> io::Result<()> {
+        let mut file = File::create(path)?;
         file.write_all(format!("ckpt-{number}\n").as_bytes())?;
-        file.sync_all()?;
-        fs::rename(&temporary, self.member_dir.join(CURRENT))?;
-        File::open(&self.member_dir)?.sync_all()
+        file.sync_all()
     }
 }
 
@@ -160,17 +189,23 @@ impl Generations for DiskGenerations {
 
     fn switch(&mut self) -> Result<(), StorageError> {
         let next = self.number + 1;
-        self.write_current(next).map_err(|error| self.io("replace CURRENT", error))?;
+        let temporary = self.member_dir.join(format!("{CURRENT}.tmp"));
+        self.write_temporary(&temporary, next).map_err(|error| self.io("write CURRENT", error))?;
+        let current = self.member_dir.join(CURRENT);
+        fs::rename(&temporary, current).map_err(|error| self.io("replace CURRENT", error))?;
+        // From here on only a new start can tell which one counts.
         self.number = next;
-        self.abandon();
-        Ok(())
+        let synced = File::open(&self.member_dir).and_then(|dir| dir.sync_all());
+        // That there is no space would be a reason to go on as before, which is not so.
+        synced.map_err(|error| self.io("sync CURRENT", io::Error::other(error)))
     }
 
-    fn abandon(&mut self) {
-        if let Err(error) = self.remove_others() {
-            // It does not count; the next one begun, or the next start, tries again.
-            tracing::warn!(%error, "cannot remove a checkpoint that does not count");
-        }
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        Ok(Box::new(SledStorage::open(&self.dir(self.number))?))
+    }
+
+    fn discard(&mut self) {
+        self.remove_others_if_possible();
     }
 }
 
@@ -187,7 +222,12 @@ impl Generations for MemoryGenerations {
         Ok(())
     }
 
-    fn abandon(&mut self) {}
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        // Nothing outlives a storage in memory.
+        Err(StorageError::Failed { dir: PathBuf::from("(memory)") })
+    }
+
+    fn discard(&mut self) {}
 }
 
 #[cfg(test)]
@@ -220,7 +260,6 @@ mod tests {
             assert!(is_new, "the first one never counted");
             assert!(storage.get(Table::Head, b"k").expect("get").is_none());
             put(&mut storage, "first");
-            drop(storage);
             generations.switch().expect("switch");
         }
         {
@@ -235,18 +274,19 @@ mod tests {
             assert_eq!(value(&storage), b"first");
             let mut next = generations.begin().expect("begin");
             put(next.as_mut(), "second");
-            drop((storage, next));
             generations.switch().expect("switch");
+            drop((storage, next));
+            assert_eq!(checkpoints(dir.path()), 2);
+            generations.discard();
         }
         let (_, storage, _) = DiskGenerations::open(dir.path()).expect("open");
         assert_eq!(value(&storage), b"second");
-        let names = fs::read_dir(dir.path()).expect("the directory");
-        let checkpoints = names.filter(|entry| {
-            entry
-                .as_ref()
-                .is_ok_and(|entry| entry.file_name().to_string_lossy().starts_with("ckpt-"))
-        });
-        assert_eq!(checkpoints.count(), 1);
+        assert_eq!(checkpoints(dir.path()), 1);
+    }
+
+    fn checkpoints(dir: &Path) -> usize {
+        let names = fs::read_dir(dir).expect("the directory").flatten();
+        names.filter(|entry| entry.file_name().to_string_lossy().starts_with("ckpt-")).count()
     }
 
     #[test]

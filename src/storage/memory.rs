@@ -71,6 +71,10 @@ impl Storage for MemoryStorage {
         Ok(())
     }
 
+    fn may_be_reopened(&mut self) -> bool {
+        false
+    }
+
     fn size_on_disk(&self) -> Result<u64, StorageError> {
         Ok(self.records.iter().map(|((_, key), value)| (key.len() + value.len()) as u64).sum())
     }

@@ -4,8 +4,10 @@
 //!   flushes and then syncs sled's file through a descriptor of our own. It was opened
 //!   before the first write, so no error of the disk escapes it.
 //! - sled panics on damage it did not expect. Each call is caught; after a panic, or an
-//!   error, the storage fails for good and sled is not touched again, not even to close
-//!   it, because that may never return. Its file stays locked until the process ends.
+//!   error, the storage fails for good. After a panic sled is not touched again, not even
+//!   to close it, because that may never return; its file stays locked until the process
+//!   ends. After an error, most often a full disk, it is closed by a thread that may take
+//!   its time, and the checkpoint can be opened anew.
 //!   (So panics must unwind: a build with `panic = "abort"` dies instead.)
 //! - Damage that sled does not notice is found by the checksum of each record
 //!   ([`super::record`]), and lost records by counting: each batch carries the number
@@ -30,6 +32,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -60,6 +63,8 @@ const CLEAN_EVERY_MS: u64 = 500;
 /// How long to wait for the lock of a process that was just killed.
 pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 pub(super) const LOCK_RETRY: Duration = Duration::from_millis(20);
+/// How long to wait for a sled that has reported an error to close.
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A [`Storage`] in a directory of its own.
 #[derive(Debug)]
@@ -70,6 +75,10 @@ pub struct SledStorage {
     /// sled's file, for syncing.
     file: File,
     failed: AtomicBool,
+    /// It failed by a panic.
+    panicked: AtomicBool,
+    /// A sync failed: the kernel told of lost pages, and will not tell again.
+    sync_failed: bool,
     progress: Progress,
     /// How many writes have been synced.
     mark: Mark,
@@ -132,9 +141,18 @@ impl SledStorage {
             }
         };
         let progress = Progress::default();
-        let failed = AtomicBool::new(false);
+        let (failed, panicked) = (AtomicBool::new(false), AtomicBool::new(false));
         let dir = dir.to_path_buf();
-        let mut storage = SledStorage { dir, db: Some(db), file, failed, progress, mark };
+        let mut storage = SledStorage {
+            dir,
+            db: Some(db),
+            file,
+            failed,
+            panicked,
+            sync_failed: false,
+            progress,
+            mark,
+        };
         if is_empty && storage.mark.number() == 0 {
             storage.begin()?;
             return Ok(storage);
@@ -148,6 +166,15 @@ impl SledStorage {
             return Err(storage.damaged(format!("only {writes} of {synced} writes are left")));
         }
         Ok(storage)
+    }
+
+    /// Gives back what a checkpoint takes on the disk, even if a sled that never closed
+    /// still has its file open: without its name alone the file would take up space until
+    /// the process ends. Only for a checkpoint that does not count any more.
+    pub(super) fn give_back_space(dir: &Path) {
+        let db = fs::OpenOptions::new().write(true).open(dir.join("db"));
+        // What is not there takes no space; what cannot be opened is removed by name.
+        let _ = db.and_then(|file| file.set_len(0));
     }
 
     /// Marks an empty checkpoint as ours, and makes its files durable.
@@ -222,7 +249,10 @@ impl SledStorage {
         let error = match catch_unwind(AssertUnwindSafe(|| call(db))) {
             Ok(Ok(value)) => return Ok(value),
             Ok(Err(error)) => error_of(&self.dir, action, error),
-            Err(panic) => self.damaged(message_of(&*panic)),
+            Err(panic) => {
+                self.panicked.store(true, Ordering::Relaxed);
+                self.damaged(message_of(&*panic))
+            }
         };
         self.failed.store(true, Ordering::Relaxed);
         Err(error)
@@ -310,7 +340,10 @@ impl Storage for SledStorage {
 
     fn sync(&mut self) -> Result<(), StorageError> {
         self.call("flush", |db| db.flush())?;
-        self.file.sync_data().map_err(|source| self.io("sync", source))?;
+        if let Err(source) = self.file.sync_data() {
+            self.sync_failed = true;
+            return Err(self.io("sync", source));
+        }
         let mut blobs = fs::read_dir(self.dir.join("blobs"))
             .map_err(|source| self.io("list its blobs", source))?;
         if blobs.next().is_some() {
@@ -318,8 +351,11 @@ impl Storage for SledStorage {
             let source = io::Error::other("sled has put a page into a file of its own");
             return Err(self.io("sync", source));
         }
-        let advanced = self.mark.advance(self.progress.writes);
-        advanced.map_err(|source| self.io("sync its mark", source))
+        if let Err(source) = self.mark.advance(self.progress.writes) {
+            self.sync_failed = true;
+            return Err(self.io("sync its mark", source));
+        }
+        Ok(())
     }
 
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
@@ -361,6 +397,13 @@ impl Storage for SledStorage {
         Ok(())
     }
 
+    fn may_be_reopened(&mut self) -> bool {
+        // This descriptor has been open since before the first write, so it is told of
+        // every page that did not reach the disk.
+        let panicked = self.panicked.load(Ordering::Relaxed);
+        !panicked && !self.sync_failed && self.file.sync_data().is_ok()
+    }
+
     fn size_on_disk(&self) -> Result<u64, StorageError> {
         let sizes = || -> io::Result<u64> {
             let mut total_bytes = 0_u64;
@@ -388,12 +431,30 @@ impl Storage for SledStorage {
 impl Drop for SledStorage {
     fn drop(&mut self) {
         let db = self.db.take();
-        if self.failed.load(Ordering::Relaxed) {
+        if self.panicked.load(Ordering::Relaxed) {
             mem::forget(db);
+        } else if self.failed.load(Ordering::Relaxed) {
+            close_after_error(&self.dir, db);
         } else if catch_unwind(AssertUnwindSafe(|| drop(db))).is_err() {
             // What was synced is safe, and nothing else was promised.
             tracing::warn!(dir = %self.dir.display(), "sled panicked while closing the checkpoint");
         }
+    }
+}
+
+/// Closes a sled that has reported an error. It writes nothing more then, but has threads
+/// to wait for.
+fn close_after_error(dir: &Path, db: Option<sled::Db>) {
+    let (closed, wait) = mpsc::sync_channel(1);
+    let close = move || {
+        // What a panic here would say is known: it has failed.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(db)));
+        let _ = closed.send(());
+    };
+    // If there is no thread to be had, `db` is dropped here.
+    let closing = thread::Builder::new().name("sled-close".to_owned()).spawn(close);
+    if closing.is_ok() && wait.recv_timeout(CLOSE_PATIENCE).is_err() {
+        tracing::warn!(dir = %dir.display(), "sled does not close after an error");
     }
 }
 

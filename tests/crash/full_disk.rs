@@ -12,6 +12,7 @@ use kvorum::pb::etcdserverpb::maintenance_client::MaintenanceClient;
 use kvorum::pb::etcdserverpb::{
     CompactionRequest, DefragmentRequest, DeleteRangeRequest, PutRequest, RangeRequest,
 };
+use kvorum::storage::{Batch, SledStorage, Storage as _, StorageError, Table};
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
@@ -62,7 +63,7 @@ impl Rig {
     async fn load_for(&mut self, time: Duration, mix: Mix) {
         let load = Load::start(&self.node.channel(), &self.history, mix, &mut self.rng);
         tokio::time::sleep(time).await;
-        load.stop().await;
+        load.finish().await;
     }
 
     async fn verify(&mut self) {
@@ -182,7 +183,7 @@ async fn a_disk_filled_by_writing_is_emptied_by_defragmenting() {
     let mix = Mix::Fill(FILL_VALUE_BYTES);
     let load = Load::start(&rig.node.channel(), &rig.history, mix, &mut rig.rng);
     assert!(rig.wait_until_refused().await, "{}", rig.node.log_tail());
-    load.stop().await;
+    load.finish().await;
     rig.check_what_is_still_served().await;
     let mut maintenance = MaintenanceClient::new(rig.node.channel());
     maintenance.defragment(DefragmentRequest {}).await.expect("defragments");
@@ -204,7 +205,7 @@ async fn full_at_once(mut rig: Rig) {
     let refused = rig.wait_until_refused().await;
     if refused {
         tokio::time::sleep(FULL_FOR).await;
-        load.stop().await;
+        load.finish().await;
         if rig.node.exit_status().is_none() {
             rig.verify().await;
         }
@@ -221,7 +222,6 @@ async fn full_at_once(mut rig: Rig) {
     if !rig.node.is_running() {
         rig.node.start();
     }
-    println!("{}", rig.node.log());
     rig.wait_until_accepted().await;
     rig.load_for(Duration::from_millis(1500), Mix::Everything).await;
     rig.verify().await;
@@ -270,4 +270,53 @@ async fn a_server_started_on_a_full_disk_says_so_or_serves() {
     }
     rig.wait_until_accepted().await;
     rig.verify().await;
+}
+
+/// sled itself runs into the end of the disk: nothing that was synced is lost, and once
+/// there is space the same process goes on with the same file.
+#[test]
+fn a_checkpoint_that_ran_into_the_end_of_its_disk_is_opened_anew() {
+    if let Some(reason) = disk::unavailable() {
+        println!("skipped: {reason}");
+        return;
+    }
+    for disk in [Disk::tmpfs(48 << 20), Disk::ext4(64 << 20)] {
+        let path = disk.path().join("checkpoint");
+        let mut storage = SledStorage::open(&path).unwrap();
+        let put = |storage: &mut SledStorage, number: u32| {
+            let mut batch = Batch::new();
+            let value = vec![number as u8; 300 << 10];
+            batch.put(Table::Mvcc, number.to_be_bytes().to_vec(), value);
+            storage.write(batch)?;
+            storage.sync()
+        };
+        for number in 0..10 {
+            put(&mut storage, number).unwrap();
+        }
+        let other = disk.path().join("other");
+        fill(&disk.path(), &other, 0);
+        let mut synced = 10;
+        let error = loop {
+            match put(&mut storage, synced) {
+                Ok(()) => synced += 1,
+                Err(error) => break error,
+            }
+            assert!(synced < 1000);
+        };
+        println!("full after {synced} values: {error}");
+        assert!(error.is_full(), "{error:?}");
+        assert!(matches!(put(&mut storage, synced), Err(StorageError::Failed { .. })));
+        let may_be_reopened = storage.may_be_reopened();
+        drop(storage);
+        fs::remove_file(other).unwrap();
+        assert!(may_be_reopened);
+        let mut storage = SledStorage::open(&path).unwrap();
+        for number in 0..synced + 10 {
+            if number >= synced {
+                put(&mut storage, number).unwrap();
+            }
+            let value = storage.get(Table::Mvcc, &number.to_be_bytes()).unwrap().unwrap();
+            assert!(value.len() == 300 << 10 && value.iter().all(|&byte| byte == number as u8));
+        }
+    }
 }

@@ -163,13 +163,18 @@ impl History {
     /// Compares a server that nobody writes to with everything that is known.
     pub(crate) async fn verify(&self, channel: Channel, rng: &mut Rng) {
         let mut kv = KvClient::new(channel.clone()).max_decoding_message_size(usize::MAX);
-        let now = kv.range(all_keys(0)).await.expect("a range").into_inner();
-        let revision = now.header.as_ref().expect("a header").revision;
-        self.wait_until_seen(revision).await;
+        // What a client was waiting for when it was stopped may happen yet.
+        let (now, revision) = loop {
+            let now = kv.range(all_keys(0)).await.expect("a range").into_inner();
+            let revision = now.header.as_ref().expect("a header").revision;
+            self.wait_until_seen(revision).await;
+            if self.seen() <= revision {
+                break (now, revision);
+            }
+        };
         {
             let mut inner = self.inner.lock();
             assert!(revision >= inner.told, "at {revision}, but {} was told", inner.told);
-            assert_eq!(revision, inner.model.revision, "the watcher saw what is not there");
             inner.told = revision;
             inner.check_acknowledged();
             inner.model.assert_holds(&now.kvs, revision);
@@ -213,8 +218,13 @@ impl History {
         for before in comparable {
             let request = HashKvRequest { revision: before.hash_revision };
             let after = maintenance.hash_kv(request).await.expect("a hash").into_inner();
+            if after.compact_revision != before.compact_revision {
+                // A compaction to this very revision was hashed, and that hash is kept until
+                // the server stops: it starts at the compaction before.
+                assert_eq!(before.hash_revision, now.compact_revision);
+                continue;
+            }
             assert_eq!(after.hash, before.hash, "at {}", before.hash_revision);
-            assert_eq!(after.compact_revision, before.compact_revision);
         }
         // For the next life.
         self.inner.lock().hashes.push(now);

@@ -1,6 +1,7 @@
 //! Clients that write all the time and take down what they were told.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,12 +17,13 @@ use kvorum::pb::etcdserverpb::{
 };
 use kvorum::pb::mvccpb::KeyValue;
 use prost::Message as _;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tonic::Status;
 use tonic::transport::Channel;
 
 use crate::common::rng::Rng;
 use crate::history::{Changes, History, PREFIX};
+use crate::node::PATIENCE;
 
 /// Clients that run at once.
 const CLIENTS: usize = 6;
@@ -44,6 +46,7 @@ pub(crate) enum Mix {
 /// Running clients. Dropping it stops them.
 pub(crate) struct Load {
     clients: JoinSet<()>,
+    finish: Arc<AtomicBool>,
 }
 
 impl Load {
@@ -55,6 +58,7 @@ impl Load {
         rng: &mut Rng,
     ) -> Load {
         let mut clients = JoinSet::new();
+        let finish = Arc::new(AtomicBool::new(false));
         for _ in 0..CLIENTS {
             let client = Client {
                 kv: KvClient::new(channel.clone()),
@@ -64,9 +68,21 @@ impl Load {
                 rng: Rng::new(rng.next()),
                 mix,
             };
-            clients.spawn(client.run());
+            clients.spawn(client.run(Arc::clone(&finish)));
         }
-        Load { clients }
+        Load { clients, finish }
+    }
+
+    /// Lets the clients wait for their last answers from a server that goes on. Panics
+    /// like [`Load::stop`].
+    pub(crate) async fn finish(mut self) {
+        self.finish.store(true, Ordering::Relaxed);
+        let finished = tokio::time::timeout(PATIENCE, async {
+            while let Some(client) = self.clients.join_next().await {
+                resume_panic(client);
+            }
+        });
+        assert!(finished.await.is_ok(), "a request is not answered");
     }
 
     /// Stops the clients; what they are waiting for now is not acknowledged.
@@ -77,12 +93,17 @@ impl Load {
     pub(crate) async fn stop(mut self) {
         self.clients.abort_all();
         while let Some(client) = self.clients.join_next().await {
-            if let Err(error) = client
-                && error.is_panic()
-            {
-                std::panic::resume_unwind(error.into_panic());
-            }
+            resume_panic(client);
         }
+    }
+}
+
+/// A panic of a client is the test's.
+fn resume_panic(client: Result<(), JoinError>) {
+    if let Err(error) = client
+        && error.is_panic()
+    {
+        std::panic::resume_unwind(error.into_panic());
     }
 }
 
@@ -96,8 +117,8 @@ struct Client {
 }
 
 impl Client {
-    async fn run(mut self) {
-        loop {
+    async fn run(mut self, finish: Arc<AtomicBool>) {
+        while !finish.load(Ordering::Relaxed) {
             if self.step().await.is_err() {
                 tokio::time::sleep(RETRY).await;
             }

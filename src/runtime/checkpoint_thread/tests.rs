@@ -22,7 +22,11 @@ impl Generations for FullDisk {
         Ok(())
     }
 
-    fn abandon(&mut self) {}
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.begin()
+    }
+
+    fn discard(&mut self) {}
 }
 
 /// A checkpoint thread that is not running, with what it is told through and tells.
@@ -49,10 +53,11 @@ impl Bench {
             durable_index: 0,
             published: Arc::new(Published::new(0, 0)),
             busy: Arc::default(),
-            full: Arc::default(),
+            directory: None,
+            shortage: Arc::default(),
+            reopen: false,
             catch_up_entries: 0,
             snapshots: VecDeque::new(),
-            stopping: Arc::default(),
             fault: Fault::default(),
             metrics: Metrics::new().expect("metrics"),
         };
@@ -103,9 +108,9 @@ fn the_log_is_truncated_to_a_snapshot_that_is_durable() {
 fn the_log_is_not_truncated_to_a_snapshot_that_was_given_up() {
     let mut bench = Bench::new(None, Box::new(FullDisk));
     bench.apply(1, put("k", 0));
-    bench.thread.stopping.store(true, Ordering::Release);
     bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Snapshot));
     bench.work();
+    assert!(bench.thread.shortage.is_present());
     assert_eq!((bench.thread.durable_index, bench.truncations()), (0, 0));
 }
 
@@ -121,7 +126,7 @@ fn without_room_for_a_rewrite_the_checkpoint_stays_in_use() {
     bench.work();
     assert_eq!(answer.try_recv().expect("an answer"), Err(Error::NoSpace));
     assert_eq!(bench.thread.durable_index, 1);
-    assert!(!bench.thread.full.load(Ordering::Acquire), "writes are not refused for it");
+    assert!(!bench.thread.shortage.is_present(), "writes are not refused for it");
 }
 
 /// A cut may wait behind a rewrite that goes further. Written after it, its head would have
