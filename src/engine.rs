@@ -51,6 +51,8 @@ use crate::state::{Response, StateMachine, check, txn};
 
 /// Keys visited in one hold of the state's lock: well under a millisecond.
 const KEYS_PER_STEP: usize = 4096;
+/// A writer that is ahead of the checkpoint looks again after this.
+const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
 /// Keys in the first message of a streamed range; etcd's value.
 const STREAM_FIRST_KEYS: usize = 10;
 /// Messages of a streamed range that wait for a slow client.

@@ -4,6 +4,7 @@
 
 #![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
+#![allow(clippy::unreachable, reason = "this is test code")]
 
 mod common;
 
