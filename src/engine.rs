@@ -34,7 +34,7 @@ use crate::error::Error;
 use crate::lease;
 use crate::metrics::{Metrics, Op};
 use crate::pb::etcdserverpb::*;
-use crate::pb::kvorumpb::{AutoCompact, MemberPublish, command::Request};
+use crate::pb::kvorumpb::{MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
@@ -226,11 +226,6 @@ impl Engine {
             let mut scan = scan;
             let mut keys = STREAM_FIRST_KEYS;
             while scan.step(engine.parts.state.read().store(), keys) == Step::More {
-                if pin.is_overdue() {
-                    // The client has gone, or has been told.
-                    let _ = pieces.send(Err(Error::Compacted)).await;
-                    return;
-                }
                 let kvs = scan.take_kvs();
                 let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
                 if bytes < engine.parts.limits.max_request_bytes / 2 {
@@ -242,10 +237,20 @@ impl Engine {
                     continue;
                 }
                 let response = RangeResponse { kvs, ..RangeResponse::default() };
-                if pieces.send(Ok(piece(response))).await.is_err() {
-                    return;
+                let sent = pieces.send(Ok(piece(response)));
+                match tokio::time::timeout_at(pin.deadline().into(), sent).await {
+                    Ok(Ok(())) => {}
+                    // Nobody receives.
+                    Ok(Err(_)) => return,
+                    // A client that does not read must not hold the pin.
+                    Err(_) => {
+                        drop(pin);
+                        let _ = pieces.send(Err(Error::Compacted)).await;
+                        return;
+                    }
                 }
             }
+            drop(pin);
             let mut last = scan.finish();
             engine.complete(&mut last.header);
             let _ = pieces.send(Ok(piece(last))).await;
@@ -329,12 +334,6 @@ impl Engine {
             }
             other => Err(unexpected(&other)),
         }
-    }
-
-    /// Compacts as the leader of `term` decided by `--auto-compaction-*`.
-    pub(crate) async fn auto_compact(&self, term: u64, revision: i64) -> Result<(), Error> {
-        let request = Request::AutoCompact(AutoCompact { term, revision });
-        self.parts.proposer.propose(request).await.map(drop)
     }
 
     // ---- Watch ----
@@ -537,7 +536,7 @@ impl Engine {
             raft_applied_index: applied.index,
             errors,
             db_size_in_use: in_use.max(1),
-            is_learner: false,
+            is_learner: self.is_learner(),
             storage_version: self.parts.versions.storage.to_owned(),
             db_size_quota: i64::try_from(quota).unwrap_or(i64::MAX),
             downgrade_info: Some(DowngradeInfo::default()),
@@ -605,8 +604,8 @@ impl Engine {
     /// goes back to the filesystem. Reads and writes go on meanwhile.
     ///
     /// # Errors
-    /// [`Error::NoSpace`] when old and new do not fit beside each other;
-    /// [`Error::Stopped`].
+    /// [`Error::NoSpace`] when the disk has no room for the new one beside the old one,
+    /// which stays in use; [`Error::Stopped`].
     pub async fn defragment(&self) -> Result<DefragmentResponse, Error> {
         let began = Instant::now();
         self.parts.metrics.disk_defrag_inflight.set(1);
@@ -676,12 +675,6 @@ impl Engine {
     /// How long a request waits for the cluster before it is answered as timed out.
     pub fn request_timeout(&self) -> Duration {
         self.parts.proposer.request_timeout()
-    }
-
-    /// This member's term, if it leads.
-    pub(crate) fn leads_in_term(&self) -> Option<u64> {
-        let role = *self.parts.published.role.borrow();
-        role.is_leader.then_some(role.term)
     }
 
     /// The newest revision.

@@ -26,8 +26,6 @@
 mod cache;
 mod drain;
 
-#[cfg(test)]
-use bytes::Bytes;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfChange, ConfChangeV2, EntryType};
 use raft::{Config as RaftConfig, RawNode, StateRole};
@@ -353,12 +351,6 @@ fn read_ready(state: &raft::ReadState) -> Option<ReadReady> {
 /// entry and a membership change that raft refused carry none.
 pub fn is_command(entry: &Entry) -> bool {
     entry.kind == EntryType::EntryNormal as u8 && !entry.data.is_empty()
-}
-
-/// An entry of the log that holds a command; for tests and tools.
-#[cfg(test)]
-pub(crate) fn command_entry(index: u64, term: u64, data: Bytes) -> Entry {
-    Entry { index, term, kind: EntryType::EntryNormal as u8, data, context: Bytes::new() }
 }
 
 #[cfg(test)]

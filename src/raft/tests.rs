@@ -1,4 +1,11 @@
+use bytes::Bytes;
+
 use super::*;
+
+/// An entry of the log that holds a command.
+fn command_entry(index: u64, term: u64, data: Bytes) -> Entry {
+    Entry { index, term, kind: EntryType::EntryNormal as u8, data, context: Bytes::new() }
+}
 
 fn lone(hard_state: HardState, start: Mark, entries: Vec<Entry>, applied: u64) -> Node {
     Node::new(Start {

@@ -43,7 +43,7 @@ const LOCK_HELD_MAX: Duration = Duration::from_millis(1);
 pub enum ApplyTask {
     /// Apply these committed entries, which follow the last ones.
     Entries(Vec<Entry>),
-    /// Stop. What is queued behind it is dropped.
+    /// Stop. What is queued, and not yet applied, is applied at the next start.
     Stop,
 }
 
@@ -131,6 +131,8 @@ impl ApplyThread {
     /// is told.
     pub fn run(mut self) {
         self.run_until_stopped();
+        // From here on the raft thread sees that nobody applies, and tells who comes later.
+        drop(self.tasks);
         self.waiters.fail_all(&Error::Stopped);
     }
 
@@ -139,17 +141,18 @@ impl ApplyThread {
         let mut progress =
             Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() };
         loop {
-            if self.receive(&mut progress) == Received::Stop {
+            let received = if progress.entries.is_empty() {
+                self.receive(&mut progress)
+            } else {
+                self.receive_now(&mut progress)
+            };
+            if received == Received::Stop {
                 return;
             }
-            while !progress.entries.is_empty() {
-                if let Err(error) = self.apply_some(&mut progress) {
-                    return self.fault.raise("apply", error);
-                }
-                if self.receive_now(&mut progress) == Received::Stop {
-                    return;
-                }
+            if let Err(error) = self.apply_some(&mut progress) {
+                return self.fault.raise("apply", error);
             }
+            // Also while entries keep coming: what is compacted takes memory.
             self.compact(&mut progress);
             self.checkpointer.cut_if_due(&self.state);
         }
@@ -258,6 +261,14 @@ impl ApplyThread {
             self.metrics.server_slow_apply_total.inc();
             tracing::warn!(took = ?took, expected = ?self.slow_apply, entries = applied.len(), "apply request took too long");
         }
+        self.answer(applied, progress);
+        // The raft thread outlives this one, or is gone and does not care.
+        let _ = self.raft.send(RaftInput::Applied(last.index));
+        self.checkpointer.cut_if_due(&self.state);
+    }
+
+    /// Tells proposers what became of their commands.
+    fn answer(&self, applied: Vec<Applied>, progress: &mut Progress) {
         for Applied { header, physical, outcome, .. } in applied {
             if matches!(outcome, Ok(Response::Compact(_))) {
                 progress.compact_at = Some(Instant::now());
@@ -272,9 +283,6 @@ impl ApplyThread {
                 outcome => drop(waiter.send(Ok(outcome))),
             }
         }
-        // The raft thread outlives this one, or is gone and does not care.
-        let _ = self.raft.send(RaftInput::Applied(last.index));
-        self.checkpointer.cut_if_due(&self.state);
     }
 
     /// As etcd counts: keys for puts, operations for deletes.
@@ -326,6 +334,7 @@ impl ApplyThread {
         let done = state.compact_step(floor, self.pace.keys_per_step);
         let removed = state.dirty().removed.len() - waiting;
         let compact_revision = state.store().compact_revision();
+        self.checkpointer.note(&state);
         self.published.set_size(state.store().size_bytes());
         drop(state);
         let metrics = &self.metrics;

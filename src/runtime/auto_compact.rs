@@ -10,10 +10,19 @@
 //! * *revision*: every five minutes, to the newest revision less the retention.
 //!
 //! Only the leader compacts. A member that does not lead goes on sampling, so that it
-//! can take over where the leader was.
+//! can take over where the leader was. [`AutoCompactor`] is the shell around this.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::RwLock;
+
+use super::proposer::Proposer;
+use super::published::Published;
+use crate::error::Error;
+use crate::pb::kvorumpb::{AutoCompact, command::Request};
+use crate::state::StateMachine;
 
 /// What is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +92,44 @@ impl Schedule {
     pub fn compacted(&mut self, now: Duration, revision: i64) {
         self.last = now;
         self.compacted = revision;
+    }
+}
+
+/// What compaction by the clock works with.
+pub struct AutoCompactor {
+    /// The newest revision.
+    pub state: Arc<RwLock<StateMachine>>,
+    /// How history is compacted.
+    pub proposer: Arc<Proposer>,
+    /// Whether this member leads.
+    pub published: Arc<Published>,
+}
+
+impl AutoCompactor {
+    /// Compacts while this member leads, until the future is dropped.
+    pub async fn run(self, retention: Retention) {
+        let began = Instant::now();
+        let mut schedule = Schedule::new(retention, Duration::ZERO);
+        let mut ticks = tokio::time::interval(schedule.interval().max(Duration::from_millis(1)));
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        ticks.tick().await;
+        loop {
+            ticks.tick().await;
+            let newest = self.state.read().store().revision();
+            let Some(revision) = schedule.step(began.elapsed(), newest) else { continue };
+            let role = *self.published.role.borrow();
+            if !role.is_leader {
+                continue;
+            }
+            let request = Request::AutoCompact(AutoCompact { term: role.term, revision });
+            match self.proposer.propose(request).await {
+                Ok(_) | Err(Error::Compacted) => {
+                    tracing::info!(revision, "completed auto compaction");
+                    schedule.compacted(began.elapsed(), revision);
+                }
+                Err(error) => tracing::warn!(revision, %error, "failed auto compaction"),
+            }
+        }
     }
 }
 

@@ -19,6 +19,8 @@
 //! * Records are deleted only after a durable head says that the compaction which
 //!   removed them has happened.
 //! * The log is truncated only to what a durable checkpoint has passed.
+//! * The head's index never goes back: leases are written in place, so an older head
+//!   beside newer leases would be the state of no index at all.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -191,6 +193,8 @@ pub struct CheckpointThread {
     pub tasks: Receiver<CheckpointTask>,
     /// Where the log is told what it no longer needs to hold.
     pub log: Sender<LogTask>,
+    /// The applied index of the checkpoint as it is on disk.
+    pub durable_index: u64,
     /// Told the checkpoint's size.
     pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
@@ -254,7 +258,9 @@ impl CheckpointThread {
     fn write(&mut self, waiting: &WaitingCut) -> Result<bool, StorageError> {
         let WaitingCut { cut, reason, since } = waiting;
         let needed_bytes = needed_bytes(cut.dirty.records_bytes as u64);
-        if !self.write_where_there_is_space(cut, needed_bytes)? {
+        // Everything was written anew while the cut waited: the checkpoint holds it.
+        let is_superseded = cut.head.applied_index < self.durable_index;
+        if !is_superseded && !self.write_where_there_is_space(cut, needed_bytes)? {
             if !self.shortage.set_checkpoint_waits(true) {
                 tracing::error!(
                     needed_bytes,
@@ -281,7 +287,10 @@ impl CheckpointThread {
         if self.has_free(needed_bytes) && self.has_storage()? {
             let Some(storage) = self.storage.as_deref_mut() else { return Ok(false) };
             return match records::write(storage, cut) {
-                Ok(()) => Ok(true),
+                Ok(()) => {
+                    self.durable_index = cut.head.applied_index;
+                    Ok(true)
+                }
                 Err(error) if error.is_full() => {
                     tracing::error!(%error, "the checkpoint's disk is full");
                     self.reopen = storage.may_be_reopened();
@@ -386,7 +395,8 @@ impl CheckpointThread {
         records::write(next.as_mut(), &image)?;
         self.generations.switch()?;
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
-        tracing::info!(applied_index = image.head.applied_index, "wrote the checkpoint anew");
+        self.durable_index = image.head.applied_index;
+        tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");
         Ok(next)
     }
 }
@@ -402,3 +412,6 @@ struct WaitingCut {
 fn needed_bytes(records_bytes: u64) -> u64 {
     records_bytes.saturating_mul(STORE_BYTES_PER_BYTE).saturating_add(STORE_SPARE_BYTES)
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,10 +8,10 @@
 //! The hash is worked out beside everything else, in steps; physical compaction waits
 //! for it, because it reads what compaction is about to remove.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch};
 
 use super::pins::Pin;
@@ -45,50 +45,64 @@ pub struct HashJob {
 }
 
 /// The last hashes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct CompactionHashes {
-    done: Mutex<BTreeMap<i64, KeyValueHash>>,
-    /// The newest compaction that is being hashed or was; to wait for it.
-    finished: watch::Sender<i64>,
-    begun: Mutex<i64>,
+    kept: watch::Sender<Kept>,
 }
 
-impl Default for CompactionHashes {
-    fn default() -> CompactionHashes {
-        CompactionHashes {
-            done: Mutex::default(),
-            finished: watch::Sender::new(i64::MIN),
-            begun: Mutex::new(i64::MIN),
-        }
-    }
+#[derive(Debug, Default)]
+struct Kept {
+    done: BTreeMap<i64, KeyValueHash>,
+    /// Compactions that wait to be hashed or are being hashed.
+    under_way: BTreeSet<i64>,
 }
 
 impl CompactionHashes {
     /// The hash of the compaction to `revision`, if it is one of the last; waits while
     /// it is being worked out.
     pub async fn get(&self, revision: i64) -> Option<KeyValueHash> {
-        if revision <= *self.begun.lock() {
-            let mut finished = self.finished.subscribe();
-            // The hasher is gone when the server stops; then there is none.
-            finished.wait_for(|finished| revision <= *finished).await.ok()?;
-        }
-        self.done.lock().get(&revision).copied()
+        let mut kept = self.kept.subscribe();
+        let settled = kept.wait_for(|kept| !kept.under_way.contains(&revision)).await.ok()?;
+        settled.done.get(&revision).copied()
     }
 
     fn keep(&self, hash: KeyValueHash) {
-        let mut done = self.done.lock();
-        done.insert(hash.revision, hash);
-        while done.len() > HASHES_MAX {
-            done.pop_first();
-        }
-        drop(done);
-        self.finished.send_replace(hash.revision);
+        self.kept.send_modify(|kept| {
+            kept.done.insert(hash.revision, hash);
+            while kept.done.len() > HASHES_MAX {
+                kept.done.pop_first();
+            }
+        });
+    }
+}
+
+/// Says that a compaction is being hashed, until dropped: done, or given up because there
+/// are too many, the work failed, or the server stops.
+struct UnderWay {
+    hashes: Arc<CompactionHashes>,
+    revision: i64,
+}
+
+impl UnderWay {
+    fn begin(hashes: &Arc<CompactionHashes>, revision: i64) -> UnderWay {
+        hashes.kept.send_modify(|kept| {
+            kept.under_way.insert(revision);
+        });
+        UnderWay { hashes: Arc::clone(hashes), revision }
+    }
+}
+
+impl Drop for UnderWay {
+    fn drop(&mut self) {
+        self.hashes.kept.send_modify(|kept| {
+            kept.under_way.remove(&self.revision);
+        });
     }
 }
 
 /// The apply thread's side.
 pub struct HashQueue {
-    jobs: mpsc::Sender<HashJob>,
+    jobs: mpsc::Sender<(HashJob, UnderWay)>,
     hashes: Arc<CompactionHashes>,
 }
 
@@ -96,10 +110,9 @@ impl HashQueue {
     /// A compaction took effect. Never blocks; with too many under way this one goes
     /// without a hash, and is removed the sooner.
     pub fn push(&self, job: HashJob) {
-        let revision = job.hash.revision();
-        if self.jobs.try_send(job).is_ok() {
-            *self.hashes.begun.lock() = revision;
-        }
+        let under_way = UnderWay::begin(&self.hashes, job.hash.revision());
+        // Dropped with its pin when there is no room.
+        let _ = self.jobs.try_send((job, under_way));
     }
 }
 
@@ -108,14 +121,17 @@ pub fn hasher(
     state: Arc<RwLock<StateMachine>>,
     hashes: Arc<CompactionHashes>,
 ) -> (HashQueue, impl Future<Output = ()> + Send) {
-    let (sender, mut jobs) = mpsc::channel::<HashJob>(QUEUE_MAX);
+    let (sender, mut jobs) = mpsc::channel(QUEUE_MAX);
     let queue = HashQueue { jobs: sender, hashes: Arc::clone(&hashes) };
     let work = async move {
-        while let Some(job) = jobs.recv().await {
+        while let Some((job, under_way)) = jobs.recv().await {
             let state = Arc::clone(&state);
             let hashes = Arc::clone(&hashes);
             // Sorting and hashing takes long; it must not hold up those who serve.
-            let worked = tokio::task::spawn_blocking(move || hashes.keep(work_out(&state, job)));
+            let worked = tokio::task::spawn_blocking(move || {
+                hashes.keep(work_out(&state, job));
+                drop(under_way);
+            });
             if let Err(error) = worked.await {
                 tracing::warn!(%error, "a compaction could not be hashed");
             }
@@ -130,4 +146,59 @@ fn work_out(state: &RwLock<StateMachine>, job: HashJob) -> KeyValueHash {
     drop(pin);
     let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
     KeyValueHash { hash: hash.finish(), compact_revision, revision }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pins::Pins;
+    use super::*;
+    use crate::mvcc::Store;
+
+    fn hash(revision: i64) -> KeyValueHash {
+        KeyValueHash { hash: 1, compact_revision: -1, revision }
+    }
+
+    #[tokio::test]
+    async fn who_asks_waits_for_that_hash_alone() {
+        let hashes = Arc::new(CompactionHashes::default());
+        let under_way = UnderWay::begin(&hashes, 7);
+        assert_eq!(hashes.get(0).await, None);
+        assert_eq!(hashes.get(5).await, None);
+        let waiting = tokio::spawn({
+            let hashes = Arc::clone(&hashes);
+            async move { hashes.get(7).await }
+        });
+        tokio::task::yield_now().await;
+        hashes.keep(hash(7));
+        drop(under_way);
+        assert_eq!(waiting.await.expect("an answer"), Some(hash(7)));
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_hash_that_was_given_up() {
+        let hashes = Arc::new(CompactionHashes::default());
+        let (jobs, receiver) = mpsc::channel(1);
+        let queue = HashQueue { jobs, hashes: Arc::clone(&hashes) };
+        let pins = Arc::new(Pins::default());
+        for revision in [1, 2] {
+            let hash = Store::new().hash_kv_begin(revision);
+            queue.push(HashJob { hash, pin: pins.pin(revision) });
+        }
+        assert_eq!(hashes.get(2).await, None, "the queue was full");
+        assert_eq!(pins.readers(), 1);
+        // The task is aborted when the server stops.
+        drop(receiver);
+        assert_eq!(hashes.get(1).await, None);
+        assert_eq!(pins.readers(), 0);
+    }
+
+    #[tokio::test]
+    async fn the_last_hashes_are_kept() {
+        let hashes = CompactionHashes::default();
+        for revision in 1..=20 {
+            hashes.keep(hash(revision));
+        }
+        assert_eq!(hashes.get(10).await, None);
+        assert_eq!(hashes.get(11).await, Some(hash(11)));
+    }
 }

@@ -6,6 +6,7 @@
 //! leader: it may have been asleep for minutes and not know (etcd #15247).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -35,11 +36,17 @@ const SCHEDULED_PER_STEP: usize = 10_000;
 pub struct LeaseClock {
     began: Instant,
     expiry: Mutex<Expiry>,
+    /// Whether every lease has a deadline; not so until this member has taken over.
+    complete: AtomicBool,
 }
 
 impl Default for LeaseClock {
     fn default() -> LeaseClock {
-        LeaseClock { began: Instant::now(), expiry: Mutex::new(Expiry::new(CHECKPOINT_INTERVAL)) }
+        LeaseClock {
+            began: Instant::now(),
+            expiry: Mutex::new(Expiry::new(CHECKPOINT_INTERVAL)),
+            complete: AtomicBool::new(false),
+        }
     }
 }
 
@@ -72,15 +79,46 @@ impl LeaseClock {
         self.expiry.lock().remaining(id, self.now())
     }
 
+    /// This member leads: every lease gets a deadline, `extend` later than it would be.
+    fn take_over(&self, state: &RwLock<StateMachine>, extend: Duration) {
+        self.complete.store(false, Ordering::Release);
+        self.expiry.lock().promote();
+        let mut after = i64::MIN;
+        loop {
+            let state = state.read();
+            let now = self.now();
+            let mut expiry = self.expiry.lock();
+            let mut scheduled = 0;
+            for lease in state.lessor().iter_after(after).take(SCHEDULED_PER_STEP) {
+                expiry.schedule(lease, now, extend);
+                after = lease.id();
+                scheduled += 1;
+            }
+            if scheduled < SCHEDULED_PER_STEP {
+                break;
+            }
+        }
+        self.complete.store(true, Ordering::Release);
+    }
+
+    /// This member leads no more.
+    fn demote(&self) {
+        self.complete.store(false, Ordering::Release);
+        self.expiry.lock().demote();
+    }
+
     /// A keepalive: the lease's time begins anew. The TTL in seconds; 0 when there is
     /// no such lease or its time is up already.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] when this member does not lead.
+    /// [`Error::NoLeader`] when this member does not lead, or has yet to take over the
+    /// lease: it lives, so the answer must not be 0.
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
         loop {
+            let complete = self.complete.load(Ordering::Acquire);
             let renewal = self.expiry.lock().renew(id, self.now());
             match renewal {
+                Renewal::NotFound if !complete => return Err(Error::NoLeader),
                 Renewal::Renewed { ttl_secs } => return Ok(ttl_secs),
                 Renewal::NotFound | Renewal::Expired => return Ok(0),
                 Renewal::NotPrimary => return Err(Error::NoLeader),
@@ -128,7 +166,7 @@ impl LeaseDuty {
             let now = *role.borrow_and_update();
             if !now.is_leader {
                 if led_term.take().is_some() {
-                    self.clock.expiry.lock().demote();
+                    self.clock.demote();
                 }
                 continue;
             }
@@ -138,30 +176,11 @@ impl LeaseDuty {
                 if self.proposer.read_barrier().await.is_err() {
                     continue;
                 }
-                self.take_over();
+                self.clock.take_over(&self.state, self.election_timeout);
                 led_term = Some(now.term);
             }
             self.expire(now.term).await;
             self.checkpoint().await;
-        }
-    }
-
-    fn take_over(&self) {
-        self.clock.expiry.lock().promote();
-        let mut after = i64::MIN;
-        loop {
-            let state = self.state.read();
-            let now = self.clock.now();
-            let mut expiry = self.clock.expiry.lock();
-            let mut scheduled = 0;
-            for lease in state.lessor().iter_after(after).take(SCHEDULED_PER_STEP) {
-                expiry.schedule(lease, now, self.election_timeout);
-                after = lease.id();
-                scheduled += 1;
-            }
-            if scheduled < SCHEDULED_PER_STEP {
-                return;
-            }
         }
     }
 

@@ -55,9 +55,14 @@ impl Pin {
         self.revision
     }
 
+    /// When the read has had its time.
+    pub fn deadline(&self) -> Instant {
+        self.since + PIN_MAX
+    }
+
     /// Whether the read has had its time.
     pub fn is_overdue(&self) -> bool {
-        self.since.elapsed() > PIN_MAX
+        Instant::now() > self.deadline()
     }
 }
 

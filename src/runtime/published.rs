@@ -9,8 +9,9 @@ use tokio::sync::watch;
 
 use crate::raft::Role;
 
-/// See the module documentation. Written by the raft thread (`role`, `committed`,
-/// `stopped`) and by the apply thread (`applied`, `applied_term`).
+/// See the module documentation. Each is written by one thread: by raft's (`role`,
+/// `committed`, `lone_leader`, `stopped`), by apply's (`applied`, `applied_term`,
+/// `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.
@@ -51,9 +52,10 @@ impl Published {
         self.committed.load(Ordering::Relaxed)
     }
 
-    /// Whether this member is the leader and the only voter, and has committed an
-    /// entry in its term. Then nobody else can have acknowledged a write, and what
-    /// is applied here is the newest there is.
+    /// Whether this member is the leader and the only voter, and has applied an entry
+    /// of its term. Then nobody else can have acknowledged a write, what was
+    /// acknowledged in earlier lives is applied, and what this one acknowledges it has
+    /// applied before.
     pub fn is_lone_leader(&self) -> bool {
         self.lone_leader.load(Ordering::Acquire)
     }

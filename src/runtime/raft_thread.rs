@@ -13,7 +13,8 @@
 //! ```
 //!
 //! Mailboxes are unbounded channels whose content is bounded elsewhere: proposals by
-//! the engine's admission, the rest by what was proposed.
+//! [`Waiters`], appends, entries and their reports by what was proposed, reads by the
+//! requests that the listeners let in.
 //!
 //! **Reads.** All reads that wait when a round is started share it; nobody joins a
 //! round later, because its index may predate the write they must see. A change of
@@ -85,8 +86,10 @@ pub struct RaftThread {
     pub fault: Fault,
     /// One tick of raft's clock: `--heartbeat-interval`.
     pub tick: Duration,
-    /// This member's id, for published roles.
+    /// This member's id, for the log.
     pub member: u64,
+    /// While this member leads: an index whose entry is of its term and committed.
+    pub term_index: Option<u64>,
 }
 
 /// A round of ReadIndex that is under way.
@@ -160,7 +163,10 @@ impl RaftThread {
             }
             RaftInput::ReadIndex(reply) => reads.queue.push(reply),
             RaftInput::Persisted(number) => self.node.persisted(number),
-            RaftInput::Applied(index) => self.node.applied(index),
+            RaftInput::Applied(index) => {
+                self.node.applied(index);
+                self.leads_alone(index);
+            }
             RaftInput::Stop => {}
         }
     }
@@ -187,8 +193,8 @@ impl RaftThread {
                 let role = *self.published.role.borrow();
                 // Only an entry of its own term tells a leader that all it holds
                 // is committed (raft paper, 5.4.2).
-                if role.is_leader && term == role.term && self.node.is_only_voter() {
-                    self.published.set_lone_leader(true);
+                if role.is_leader && term == role.term {
+                    self.term_index.get_or_insert(index);
                 }
             }
             for read in confirmed {
@@ -198,7 +204,19 @@ impl RaftThread {
         Ok(())
     }
 
+    /// Everything up to `applied` is applied. A lone leader need ask nobody before it
+    /// reads once that includes all that was committed before its term.
+    fn leads_alone(&self, applied: u64) {
+        if !self.published.is_lone_leader()
+            && self.term_index.is_some_and(|index| index <= applied)
+            && self.node.is_only_voter()
+        {
+            self.published.set_lone_leader(true);
+        }
+    }
+
     fn publish_role(&mut self, role: Role) {
+        self.term_index = None;
         self.published.set_lone_leader(false);
         let before = self.published.role.send_replace(role);
         self.metrics.server_has_leader.set(i64::from(role.leader != 0));
@@ -207,7 +225,7 @@ impl RaftThread {
             self.metrics.server_leader_changes_seen_total.inc();
         }
         if before.leader != role.leader || before.is_leader != role.is_leader {
-            let member = format_args!("{:x}", self.member).to_string();
+            let member = format!("{:x}", self.member);
             let leader = format!("{:x}", role.leader);
             if role.is_leader {
                 tracing::info!(member, term = role.term, "became leader");

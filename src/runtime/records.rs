@@ -17,7 +17,6 @@ use parking_lot::RwLock;
 use prost::Message;
 
 use super::pins::Pins;
-
 use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
@@ -183,3 +182,6 @@ fn decode_all<M: Message + Default>(
 fn decode<M: Message + Default>(table: Table, value: Bytes) -> Result<M, RecoverError> {
     M::decode(value).map_err(|error| RecoverError::Record { table, reason: error.to_string() })
 }
+
+#[cfg(test)]
+mod tests;

@@ -450,3 +450,6 @@ fn is_refused_when_corrupt(request: &Request) -> bool {
         Request::LeaseCheckpoint(_) | Request::Alarm(_) | Request::MemberPublish(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc;
+
+use super::*;
+use crate::pb::etcdserverpb::{LeaseGrantRequest, LeaseRevokeRequest, PutRequest};
+use crate::pb::kvorumpb::{Command, command::Request};
+use crate::state::Effects;
+use crate::state::members::Members;
+use crate::storage::{MemoryGenerations, MemoryStorage};
+
+/// No checkpoint can be begun: the disk is full.
+struct FullDisk;
+
+impl Generations for FullDisk {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        let source = io::Error::from(io::ErrorKind::StorageFull);
+        Err(StorageError::Io { dir: PathBuf::from("(full)"), action: "write", source })
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.begin()
+    }
+
+    fn discard(&mut self) {}
+}
+
+/// A checkpoint thread that is not running, with what it is told through and tells.
+struct Bench {
+    thread: CheckpointThread,
+    tasks: Sender<CheckpointTask>,
+    log: Receiver<LogTask>,
+}
+
+impl Bench {
+    fn new(storage: Option<Box<dyn Storage>>, generations: Box<dyn Generations>) -> Bench {
+        let urls = vec!["http://localhost:2380".to_owned()];
+        let members = Members::bootstrap(&[("default".to_owned(), urls)], "etcd-cluster");
+        let state = StateMachine::bootstrap(members.list()[0].id, members, "3.7.0".to_owned());
+        let (tasks, receiver) = mpsc::channel();
+        let (log_sender, log) = mpsc::channel();
+        let thread = CheckpointThread {
+            storage,
+            generations,
+            state: Arc::new(RwLock::new(state)),
+            pins: Arc::default(),
+            tasks: receiver,
+            log: log_sender,
+            durable_index: 0,
+            published: Arc::new(Published::new(0, 0)),
+            busy: Arc::default(),
+            directory: None,
+            shortage: Arc::default(),
+            reopen: false,
+            catch_up_entries: 0,
+            snapshots: VecDeque::new(),
+            fault: Fault::default(),
+            metrics: Metrics::new().expect("metrics"),
+        };
+        Bench { thread, tasks, log }
+    }
+
+    fn apply(&self, index: u64, request: Request) {
+        let command = Command { header: None, request: Some(request) };
+        let mut state = self.thread.state.write();
+        state.apply(Mark { index, term: 1 }, command, &mut Effects::default()).expect("applied");
+    }
+
+    fn cut(&self) -> Box<Cut> {
+        Box::new(self.thread.state.write().cut())
+    }
+
+    fn tell(&self, task: CheckpointTask) {
+        self.tasks.send(task).expect("the thread's end is here");
+    }
+
+    /// Has the thread do what it was told so far.
+    fn work(&mut self) {
+        self.tell(CheckpointTask::Stop);
+        self.thread.run_until_stopped().expect("it goes on");
+    }
+
+    fn truncations(&self) -> usize {
+        self.log.try_iter().filter(|task| matches!(task, LogTask::Truncate(_))).count()
+    }
+}
+
+fn put(key: &'static str, lease: i64) -> Request {
+    Request::Put(PutRequest { key: key.into(), value: "v".into(), lease, ..PutRequest::default() })
+}
+
+#[test]
+fn the_log_is_truncated_to_a_snapshot_that_is_durable() {
+    let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), Box::new(MemoryGenerations));
+    bench.apply(1, put("k", 0));
+    bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Snapshot));
+    bench.work();
+    assert_eq!((bench.thread.durable_index, bench.truncations()), (1, 1));
+}
+
+/// The server stops while the disk is full: the cut is given up, and the log is all that
+/// holds what was acknowledged.
+#[test]
+fn the_log_is_not_truncated_to_a_snapshot_that_was_given_up() {
+    let mut bench = Bench::new(None, Box::new(FullDisk));
+    bench.apply(1, put("k", 0));
+    bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Snapshot));
+    bench.work();
+    assert!(bench.thread.shortage.is_present());
+    assert_eq!((bench.thread.durable_index, bench.truncations()), (0, 0));
+}
+
+/// Defragmenting is what one does when a disk is almost full: that there is no room for it
+/// must not cost the checkpoint there is.
+#[test]
+fn without_room_for_a_rewrite_the_checkpoint_stays_in_use() {
+    let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), Box::new(FullDisk));
+    let (done, mut answer) = oneshot::channel();
+    bench.tell(CheckpointTask::Rewrite(done));
+    bench.apply(1, put("k", 0));
+    bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Dirty));
+    bench.work();
+    assert_eq!(answer.try_recv().expect("an answer"), Err(Error::NoSpace));
+    assert_eq!(bench.thread.durable_index, 1);
+    assert!(!bench.thread.shortage.is_present(), "writes are not refused for it");
+}
+
+/// A cut may wait behind a rewrite that goes further. Written after it, its head would have
+/// the log replayed over leases that are gone already, and their keys would stay.
+#[test]
+fn a_cut_older_than_a_rewrite_is_not_written() {
+    let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), Box::new(MemoryGenerations));
+    bench.apply(1, Request::LeaseGrant(LeaseGrantRequest { ttl: 60, id: 7 }));
+    bench.apply(2, put("leased", 7));
+    let older = bench.cut();
+    bench.apply(3, Request::LeaseRevoke(LeaseRevokeRequest { id: 7 }));
+    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    bench.tell(CheckpointTask::Write(older, CutReason::Dirty));
+    bench.work();
+    let storage = bench.thread.storage.as_deref_mut().expect("a store");
+    let restored = StateMachine::restore(records::recover(storage).expect("a checkpoint"));
+    assert_eq!(restored.applied(), Mark { index: 3, term: 1 });
+    assert_eq!(restored.hash(), bench.thread.state.read().hash());
+}

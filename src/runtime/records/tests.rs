@@ -1,0 +1,147 @@
+use super::*;
+use crate::log::Mark;
+use crate::pb::etcdserverpb::{
+    AlarmRequest, AlarmType, CompactionRequest, DeleteRangeRequest, LeaseGrantRequest,
+    LeaseRevokeRequest, PutRequest, alarm_request::AlarmAction,
+};
+use crate::pb::kvorumpb::{Command, MemberPublish, command::Request};
+use crate::state::Effects;
+use crate::state::members::Members;
+use crate::storage::{FaultyDisk, MemoryStorage};
+
+fn new_state() -> StateMachine {
+    let urls = vec!["http://localhost:2380".to_owned()];
+    let members = Members::bootstrap(&[("default".to_owned(), urls)], "etcd-cluster");
+    StateMachine::bootstrap(members.list()[0].id, members, "3.7.0".to_owned())
+}
+
+/// A log with something of everything.
+fn log(member: u64) -> Vec<Request> {
+    let put = |key: &'static str, value: &'static str, lease| {
+        Request::Put(PutRequest {
+            key: key.into(),
+            value: value.into(),
+            lease,
+            ..PutRequest::default()
+        })
+    };
+    let nospace = AlarmRequest {
+        action: AlarmAction::Activate as i32,
+        member_id: member,
+        alarm: AlarmType::Nospace as i32,
+    };
+    vec![
+        Request::MemberPublish(MemberPublish {
+            id: member,
+            name: "one".to_owned(),
+            client_urls: vec!["http://localhost:2379".to_owned()],
+        }),
+        Request::LeaseGrant(LeaseGrantRequest { ttl: 60, id: 7 }),
+        Request::LeaseGrant(LeaseGrantRequest { ttl: 90, id: 8 }),
+        put("a", "1", 7),
+        put("b", "1", 8),
+        put("a", "2", 7),
+        put("c", "1", 0),
+        Request::Compaction(CompactionRequest { revision: 4, physical: false }),
+        Request::DeleteRange(DeleteRangeRequest { key: "c".into(), ..Default::default() }),
+        Request::LeaseRevoke(LeaseRevokeRequest { id: 7 }),
+        put("c", "2", 8),
+        Request::Alarm(nospace),
+        put("d", "refused", 0),
+    ]
+}
+
+/// Applies `log[from..to]`; entry `i` has index `i + 1`.
+fn apply(state: &mut StateMachine, from: usize, to: usize) {
+    for (i, request) in log(state.member_id()).into_iter().enumerate().take(to).skip(from) {
+        let command = Command { header: None, request: Some(request) };
+        let entry = Mark { index: i as u64 + 1, term: 1 };
+        let _ = state.apply(entry, command, &mut Effects::default());
+    }
+}
+
+fn restored(storage: &mut dyn Storage) -> StateMachine {
+    StateMachine::restore(recover(storage).expect("a checkpoint"))
+}
+
+fn assert_equal(left: &StateMachine, right: &StateMachine) {
+    assert_eq!(left.applied(), right.applied());
+    assert_eq!(left.store().revision(), right.store().revision());
+    assert_eq!(left.store().compact_revision(), right.store().compact_revision());
+    assert_eq!(left.members(), right.members());
+    assert_eq!(left.alarms(AlarmType::None), right.alarms(AlarmType::None));
+    let leases = |state: &StateMachine| {
+        let leases = state.lessor().iter();
+        let leases = leases.map(|lease| (lease.to_record(), lease.keys().cloned().collect()));
+        leases.collect::<Vec<(Lease, Vec<Bytes>)>>()
+    };
+    assert_eq!(leases(left), leases(right), "with the keys that hang on them");
+    assert_eq!(left.hash(), right.hash());
+}
+
+/// However the log is divided into checkpoints, they hold what the log led to.
+#[test]
+fn what_is_written_in_cuts_is_read_back() {
+    let end = log(0).len();
+    for first in 0..=end {
+        for compacts in [false, true] {
+            let mut storage = MemoryStorage::new();
+            let mut state = new_state();
+            for (from, to) in [(0, first), (first, end)] {
+                apply(&mut state, from, to);
+                while compacts && !state.compact_step(i64::MAX, 1) {}
+                write(&mut storage, &state.cut()).expect("written");
+                assert_equal(&restored(&mut storage), &state);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_written_anew_is_read_back() {
+    let mut state = new_state();
+    apply(&mut state, 0, usize::MAX);
+    let state = RwLock::new(state);
+    let image = image(&state, &Arc::default(), 1);
+    let mut storage = MemoryStorage::new();
+    write(&mut storage, &image).expect("written");
+    assert_equal(&restored(&mut storage), &state.read());
+}
+
+/// A crash after any write or before any sync: what is then on the disk, and the log from
+/// there on, lead to the state that was lost.
+#[test]
+fn a_crash_anywhere_and_the_log_lead_to_the_same_state() {
+    let end = log(0).len();
+    let mut expected = new_state();
+    apply(&mut expected, 0, end);
+    for first in 1..end {
+        for kept in 0..4 {
+            for synced in [false, true] {
+                let disk = FaultyDisk::new();
+                let mut state = new_state();
+                write(&mut disk.open(), &state.cut()).expect("the first checkpoint");
+                apply(&mut state, 0, first);
+                while !state.compact_step(i64::MAX, 100) {}
+                if !synced {
+                    disk.fail_sync_after(0);
+                }
+                let written = write(&mut disk.open(), &state.cut());
+                assert_eq!(written.is_ok(), synced);
+                disk.power_cut(kept);
+
+                let mut state = restored(&mut disk.open());
+                let from = state.applied().index as usize;
+                assert!(from == 0 || from == first, "a checkpoint is written whole or not at all");
+                apply(&mut state, from, end);
+                assert_equal(&state, &expected);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_empty_store_is_no_checkpoint() {
+    let error = recover(&mut MemoryStorage::new()).err().expect("refused").to_string();
+    assert!(error.contains("Head"), "{error}");
+}
