@@ -130,14 +130,25 @@ impl SledStorage {
             .create(dir)
             .map_err(io("create its directory"))?;
         let (db, is_empty) = open_sled(dir)?;
-        let file = File::open(dir.join("db")).map_err(io("open its file"))?;
-        let mark_path = dir.join(MARK_FILE);
-        let mark = match Mark::open(&mark_path).map_err(io("open its mark"))? {
-            Some(mark) => mark,
-            None if is_empty => Mark::create(&mark_path).map_err(io("create its mark"))?,
-            None => {
-                let detail = format!("a sled database without a file {MARK_FILE:?}");
-                return Err(StorageError::Foreign { dir: dir.to_path_buf(), detail });
+        let files = || {
+            let file = File::open(dir.join("db")).map_err(io("open its file"))?;
+            let mark_path = dir.join(MARK_FILE);
+            let mark = match Mark::open(&mark_path).map_err(io("open its mark"))? {
+                Some(mark) => mark,
+                None if is_empty => Mark::create(&mark_path).map_err(io("create its mark"))?,
+                None => {
+                    let detail = format!("a sled database without a file {MARK_FILE:?}");
+                    return Err(StorageError::Foreign { dir: dir.to_path_buf(), detail });
+                }
+            };
+            Ok((file, mark))
+        };
+        let (file, mark) = match files() {
+            Ok(files) => files,
+            Err(error) => {
+                // On a full disk sled, which has yet to notice, would try to write for ever.
+                close_after_error(dir, Some(db));
+                return Err(error);
             }
         };
         let progress = Progress::default();
