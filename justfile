@@ -29,6 +29,7 @@ fix:
     cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
     KVORUM_UPDATE_DOCS=1 cargo test --lib config
     KVORUM_REGENERATE=1 cargo test --test proto
+    cargo update --workspace --manifest-path tests/third-party/Cargo.toml
 
 # Side by side with etcd; takes minutes. `just bench --rounds 1` is quicker.
 bench *flags: judges
