@@ -34,8 +34,8 @@ pub(crate) const KEYS_ONLY_LEASE: Accepted = Accepted {
 pub(crate) const HASH_KV_AFTER_RESTART: Accepted = Accepted {
     name: "hashkv-after-restart",
     reason: "`HashKV` at the revision of one of the last ten compactions returns the hash from the \
-             time of that compaction; etcd forgets those when it restarts, kvorum those before its \
-             last checkpoint.",
+             time of that compaction; after a restart kvorum has forgotten all of them, etcd those \
+             that it need not apply again.",
 };
 
 /// Words of a protobuf library.
