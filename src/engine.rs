@@ -793,7 +793,10 @@ fn random_lease_id() -> Result<i64, Error> {
 
 /// As etcd prints an alarm in `Status.errors`.
 fn alarm_text(alarm: &AlarmMember) -> String {
-    let name = AlarmType::try_from(alarm.alarm).map_or("NONE", |alarm| alarm.as_str_name());
+    // One that this version does not know is told by its number, as etcd does.
+    let number = alarm.alarm;
+    let name = AlarmType::try_from(number)
+        .map_or_else(|_| number.to_string(), |alarm| alarm.as_str_name().to_owned());
     format!("memberID:{} alarm:{name} ", alarm.member_id)
 }
 

@@ -93,6 +93,9 @@ impl DiskGenerations {
     /// # Errors
     /// What the disk says.
     pub fn any(member_dir: &Path) -> Result<Option<PathBuf>, StorageError> {
+        if !member_dir.is_dir() {
+            return Ok(None);
+        }
         let generations = DiskGenerations::locked(member_dir)?;
         let found = generations
             .checkpoints()
