@@ -193,6 +193,14 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 member_dir,
                 fsync: *fsync,
             };
+            if data_dir.exists() && !data_dir.is_dir() {
+                let error = io::Error::from(io::ErrorKind::NotADirectory);
+                return Err(OpenError::Directory {
+                    path: data_dir.clone(),
+                    flag: "data-dir",
+                    error,
+                });
+            }
             if disk.member_dir.join("snap").join("db").exists() {
                 return Err(OpenError::ForeignData(data_dir.clone()));
             }
