@@ -521,6 +521,9 @@ impl Engine {
             errors.push(Error::NoLeader.to_string());
         }
         errors.extend(alarms.iter().map(alarm_text));
+        if self.parts.full.load(Ordering::Acquire) {
+            errors.push(DISK_FULL.to_owned());
+        }
         let in_use = i64::try_from(in_use).unwrap_or(i64::MAX);
         let on_disk = self.parts.published.checkpoint_bytes();
         let on_disk = i64::try_from(on_disk).unwrap_or(i64::MAX);
@@ -790,6 +793,10 @@ fn random_lease_id() -> Result<i64, Error> {
     let random = getrandom::u64().map_err(|_| Error::Stopped)?;
     Ok(i64::try_from(random >> 1).unwrap_or(i64::MAX).max(1))
 }
+
+/// In `Status.errors` while writes are refused for want of disk space. That is no
+/// alarm: it comes and goes by itself, and other members may have space.
+const DISK_FULL: &str = "kvorum: the disk is almost full: writes that take space are refused";
 
 /// As etcd prints an alarm in `Status.errors`.
 fn alarm_text(alarm: &AlarmMember) -> String {

@@ -62,8 +62,9 @@ pub(crate) const JSON_NAME_TWICE: Accepted = Accepted {
 pub(crate) const OLD_AUTHORITY: Accepted = Accepted {
     name: "authority-with-scheme",
     reason: "A gRPC client of etcd 3.4 that is given an endpoint as a URL sends the URL as \
-             `:authority` when it asks one endpoint (`etcdctl endpoint status --cluster`, `defrag \
-             --cluster`); that is not HTTP/2, and the request is refused with `PROTOCOL_ERROR`.",
+             `:authority` when it asks one endpoint (`etcdctl endpoint status`, `endpoint hashkv` or \
+             `defrag`, with `--cluster` or with `--endpoints=http://…`: leave `http://` out); that is \
+             not HTTP/2, and the request is refused with `PROTOCOL_ERROR`.",
 };
 
 /// Comes later.

@@ -11,6 +11,7 @@ use kvorum::pb::etcdserverpb::kv_client::KvClient;
 use kvorum::pb::etcdserverpb::maintenance_client::MaintenanceClient;
 use kvorum::pb::etcdserverpb::{
     CompactionRequest, DefragmentRequest, DeleteRangeRequest, PutRequest, RangeRequest,
+    StatusRequest,
 };
 use kvorum::storage::{Batch, SledStorage, Storage as _, StorageError, Table};
 use tokio::task::JoinHandle;
@@ -28,6 +29,8 @@ const DISK_BYTES: u64 = 256 << 20;
 /// Room for three segments and a checkpoint worth making smaller.
 const FILLED_DISK_BYTES: u64 = 448 << 20;
 const NO_SPACE: &str = "etcdserver: mvcc: database space exceeded";
+/// What the member's status says while its disk is short of space.
+const DISK_FULL: &str = "kvorum: the disk is almost full: writes that take space are refused";
 /// Much of this and there is no space left on the disk.
 const FILL_VALUE_BYTES: usize = 256 << 10;
 /// How long a disk stays full while checkpoints are due every second.
@@ -128,7 +131,16 @@ impl Rig {
         kv.compact(compaction).await.expect("compaction goes on");
         self.history.compacted(revision);
         assert!(self.node.is_healthy());
+        let errors = self.status_errors().await;
+        assert!(errors.iter().any(|error| error == DISK_FULL), "{errors:?}");
         self.verify().await;
+    }
+
+    /// What `etcdctl endpoint status` has in its column of errors.
+    async fn status_errors(&self) -> Vec<String> {
+        let mut maintenance = MaintenanceClient::new(self.node.channel());
+        let status = maintenance.status(StatusRequest {}).await.expect("answers");
+        status.into_inner().errors
     }
 
     /// Another program's file that leaves this much free.
@@ -168,6 +180,7 @@ async fn what_takes_space_is_refused_until_there_is_some() {
         rig.check_what_is_still_served().await;
         fs::remove_file(other).unwrap();
         rig.wait_until_accepted().await;
+        assert_eq!(rig.status_errors().await, Vec::<String>::new());
         rig.load_for(Duration::from_millis(300), Mix::Everything).await;
         rig.verify().await;
     }
