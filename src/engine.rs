@@ -521,7 +521,7 @@ impl Engine {
             errors.push(Error::NoLeader.to_string());
         }
         errors.extend(alarms.iter().map(alarm_text));
-        if self.parts.full.load(Ordering::Acquire) {
+        if self.parts.shortage.is_present() {
             errors.push(DISK_FULL.to_owned());
         }
         let in_use = i64::try_from(in_use).unwrap_or(i64::MAX);
