@@ -54,7 +54,8 @@
 //! - `synced`: everything before this offset was on the disk before this was written. With
 //!   it a torn write, which is cut, is told from damage, which is refused: see
 //!   `log/recover.rs` for the exact rule.
-//! - After the last record come 24 zero bytes, unless the file ends before.
+//! - After the last record come 24 zero bytes, unless the file ends before. In a segment
+//!   that is sealed a header without a payload comes first, flagged: there is a next one.
 //! - A record whose entries begin at or before the last index replaces the log from there
 //!   on (a new leader overrules the old one's tail). One that carries a start cuts all
 //!   up to it. One flagged as reset empties the log first (an installed snapshot).
@@ -64,7 +65,7 @@
 //!
 //! ```text
 //! roll      (current is synced to its end) → header written to a spare → synced → renamed to
-//!           its name → directory synced → current
+//!           its name → directory synced → current; the one before flagged → synced
 //! truncate  record with the new start written → synced → segments wholly below renamed to
 //!           .spare or removed → directory synced → may be overwritten
 //! open      lock → read → tail cut, or written once more → all segments and the directory

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::dir::{self, Directory, Step};
-use super::format::{Batch, Place, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader};
+use super::format::{
+    Batch, Place, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, continuation,
+};
 use super::recover::{self, FoundSegment};
 use super::replay::Bounds;
 use super::spares::Spares;
@@ -227,7 +229,12 @@ impl Log {
         }
         let next = begin_segment(&self.dir, header, spare, self.segment_bytes)?;
         let next = Segment::new(next, self.dir.fsync());
-        let Segment { path, last_index, .. } = std::mem::replace(&mut self.current, next);
+        let before = std::mem::replace(&mut self.current, next);
+        let Segment { path, file, sequence, salt, end: offset, last_index, .. } = before;
+        // From now on the log is not whole without the next segment.
+        file.write_all_at(&continuation(Place { salt, sequence, offset }), offset)
+            .map_err(|e| LogError::io("write", &path, e))?;
+        self.dir.sync_file(&file, &path)?;
         self.sealed.push_back(Sealed { path, last_index });
         Ok(())
     }

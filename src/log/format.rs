@@ -27,13 +27,14 @@ pub(super) const RECORD_BYTES_MAX: usize = 1 << 30;
 const HEADER_PAGE: usize = SEGMENT_HEADER_BYTES as usize;
 const RECORD_HEADER: usize = RECORD_HEADER_BYTES as usize;
 const MAGIC: &[u8; 8] = b"KVORUMLG";
-/// The upper 28 bits of a record's first word; the lower four are its flags.
-const RECORD_MAGIC: u32 = 0x4b56_7210;
-const FLAGS: u32 = 0xf;
+/// The upper 24 bits of a record's first word; the lower eight are its flags.
+const RECORD_MAGIC: u32 = 0x4b56_7200;
+const FLAGS: u32 = 0xff;
 const HAS_HARD_STATE: u32 = 1;
 const HAS_START: u32 = 2;
 const RESETS: u32 = 4;
 const HAS_ENTRIES: u32 = 8;
+const CONTINUES: u32 = 16;
 /// Term, kind, length of context, length of data.
 const ENTRY_HEADER_BYTES: usize = 8 + 4 + 4 + 4;
 
@@ -165,6 +166,11 @@ impl RecordHeader {
         })
     }
 
+    /// Whether it is no record but says that the next segment exists.
+    pub(super) fn continues(&self) -> bool {
+        self.flags & CONTINUES != 0
+    }
+
     /// Whether `payload` is the payload this header was written with.
     pub(super) fn matches(&self, payload: &[u8]) -> bool {
         crc32c::crc32c(payload) == self.payload_checksum
@@ -209,6 +215,24 @@ impl RecordHeader {
         }
         (payload.len() < RECORD_ALIGN_BYTES).then_some(record)
     }
+}
+
+/// What is written behind the last record of a segment, at `place`, once the next one is
+/// on the disk; with the zeros that follow the end.
+pub(super) fn continuation(place: Place) -> [u8; 2 * RECORD_HEADER] {
+    let mut bytes = [0; 2 * RECORD_HEADER];
+    if let Some(header) = bytes.first_chunk_mut::<RECORD_HEADER>() {
+        let mut fields = header.as_mut_slice();
+        fields.put_u32_le(RECORD_MAGIC | CONTINUES);
+        fields.put_u32_le(0);
+        fields.put_u64_le(place.offset);
+        fields.put_u32_le(crc32c::crc32c(&[]));
+        let checksum = header_checksum(header, place);
+        if let Some(field) = header.last_chunk_mut::<4>() {
+            *field = checksum.to_le_bytes();
+        }
+    }
+    bytes
 }
 
 /// Of the header but for its last four bytes, and of where it stands.

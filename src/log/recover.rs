@@ -31,7 +31,8 @@
 //!
 //! # Which segments count
 //!
-//! The unbroken run of sequence numbers up to the highest. Removing old segments is not
+//! The unbroken run of sequence numbers up to the highest, which must not end with the
+//! note that there is another. Removing old segments is not
 //! ordered with anything, so a crash can leave any of them behind; what is left of a gap
 //! is not needed, or the replay notices that entries are missing and refuses.
 //!
@@ -113,6 +114,13 @@ pub(super) fn read(
                 break;
             }
             let Some((header, payload)) = reader.record(offset)? else { break };
+            if header.continues() {
+                if sealed_end.is_some() {
+                    break;
+                }
+                let sequence = reader.header.sequence.saturating_add(1);
+                return Err(LogError::Missing { dir: dir.path().to_owned(), sequence });
+            }
             let Some(record) = header.record(payload) else {
                 return Err(reader.damaged(offset, "a record that verifies makes no sense"));
             };

@@ -442,6 +442,13 @@ fn a_missing_segment_is_missed_only_if_its_entries_are() {
     assert!(matches!(error, LogError::Missing { sequence: 3, .. }), "{error}");
     assert!(error.to_string().contains(&copy.path().display().to_string()), "{error}");
 
+    let copy = copy_dir(dir.path());
+    let last = segments.len();
+    fs::remove_file(copy.path().join(segments[last - 1].file_name().unwrap())).unwrap();
+    let error = look(copy.path()).unwrap_err();
+    let LogError::Missing { sequence, .. } = error else { panic!("{error}") };
+    assert_eq!(sequence, last as u64, "the one before says that it is not the last");
+
     // A crash while segments were being recycled may leave any of them.
     let before = copy_dir(dir.path());
     log.truncate_prefix(cut).unwrap();
@@ -536,6 +543,29 @@ fn any_flipped_byte_before_the_last_batch_is_refused() {
         assert_eq!(found.entries, entries(1, 5, 1, 230), "flipped at {at}");
         assert!(found.repaired.is_some_and(|text| text.contains(&begin.to_string())));
     }
+}
+
+#[test]
+fn a_log_that_ends_before_the_checkpoint_is_damaged_and_left_alone() {
+    let dir = scratch();
+    let (ends, file) = three_batches(dir.path());
+    let last = look(dir.path()).unwrap().entries.last().unwrap().index;
+    let whole = fs::read(&file).unwrap();
+    let reaching = |reaches| Log::open(Options { reaches, ..options(dir.path()) });
+    drop(reaching(last).unwrap());
+
+    // The last batch looks torn; the checkpoint knows that it was not.
+    let torn_at = ends[ends.len() - 2];
+    let mut torn = whole.clone();
+    torn[torn_at as usize..].fill(0);
+    torn[torn_at as usize] = 1;
+    fs::write(&file, &torn).unwrap();
+    let error = reaching(last).map(|(_, found)| found);
+    assert_damaged(error, &file, torn_at);
+    assert_eq!(fs::read(&file).unwrap(), torn, "nothing is cut");
+    let (_, found) = reaching(last - 2).unwrap();
+    assert_eq!(found.entries.last().unwrap().index, last - 2);
+    assert!(found.repaired.is_some());
 }
 
 #[test]
@@ -939,7 +969,7 @@ fn the_bytes_are_as_drawn() {
     assert_eq!(bytes[24..24 + payload.len()], payload);
     assert!(bytes[24 + payload.len()..].iter().all(|&byte| byte == 0));
     assert_eq!(bytes.len(), 24 + payload.len() + 24);
-    assert_eq!(bytes[..4], [0x10 | 1 | 2 | 8, 0x72, 0x56, 0x4b]);
+    assert_eq!(bytes[..4], [1 | 2 | 8, 0x72, 0x56, 0x4b]);
     assert_eq!(bytes[4..8], (payload.len() as u32).to_le_bytes());
     assert_eq!(bytes[8..16], [0, 0x10, 0, 0, 0, 0, 0, 0]);
     assert_eq!(bytes[16..20], crc32c::crc32c(&payload).to_le_bytes());

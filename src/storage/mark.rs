@@ -26,15 +26,14 @@ pub(super) struct Mark {
 }
 
 impl Mark {
-    /// Begins at 0. The caller syncs the directory.
+    /// Begins at 0, which is not durable before the mark was advanced. The caller syncs the
+    /// directory.
     pub(super) fn create(path: &Path) -> io::Result<Mark> {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(true).open(path)?;
         let [first, second] = SLOT_OFFSETS;
-        let mut mark = Mark { file, number: 0, next_offset: first };
-        mark.advance(0)?;
-        debug_assert_eq!(mark.next_offset, second);
-        Ok(mark)
+        file.write_all_at(&slot(0), first)?;
+        Ok(Mark { file, number: 0, next_offset: second })
     }
 
     /// The mark in a file; `None` when there is no file. Without a valid slot the number
@@ -62,16 +61,20 @@ impl Mark {
 
     /// Sets the number, durably.
     pub(super) fn advance(&mut self, number: u64) -> io::Result<()> {
-        let mut slot = Vec::with_capacity(SLOT_BYTES);
-        slot.extend_from_slice(&number.to_le_bytes());
-        slot.extend_from_slice(&crc32c::crc32c(&number.to_le_bytes()).to_le_bytes());
-        self.file.write_all_at(&slot, self.next_offset)?;
+        self.file.write_all_at(&slot(number), self.next_offset)?;
         self.file.sync_data()?;
         let [first, second] = SLOT_OFFSETS;
         self.next_offset = if self.next_offset == first { second } else { first };
         self.number = number;
         Ok(())
     }
+}
+
+fn slot(number: u64) -> Vec<u8> {
+    let mut slot = Vec::with_capacity(SLOT_BYTES);
+    slot.extend_from_slice(&number.to_le_bytes());
+    slot.extend_from_slice(&crc32c::crc32c(&number.to_le_bytes()).to_le_bytes());
+    slot
 }
 
 fn read_slot(file: &File, offset: u64) -> io::Result<Option<u64>> {

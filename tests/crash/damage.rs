@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::common::rng::Rng;
 use crate::history::History;
 use crate::load::{Load, Mix};
-use crate::node::Node;
+use crate::node::{Node, POLL};
 use crate::{seeded, setting, watcher};
 
 /// Damaged copies that the server is started on in an ordinary run, for each kind of
@@ -165,7 +165,13 @@ fn open_log(dir: &Path) -> Result<Recovered, LogError> {
     let identity = Identity::default();
     let options =
         Options { dir: dir.to_owned(), segment_bytes: 1 << 20, fsync: false, identity, reaches: 0 };
-    Log::open(options).map(|(_, recovered)| recovered)
+    loop {
+        match Log::open(options.clone()).map(|(_, recovered)| recovered) {
+            // A process that another test is starting has inherited the lock for a moment.
+            Err(LogError::Locked { .. }) => std::thread::sleep(POLL),
+            opened => return opened,
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -183,7 +189,7 @@ async fn a_tail_torn_at_any_byte_is_repaired() {
     assert_eq!(whole.repaired, None);
 
     // Every byte of the last records, by the log alone.
-    let from = end.saturating_sub(1000).max(SEGMENT_HEADER_BYTES);
+    let from = end.saturating_sub(500).max(SEGMENT_HEADER_BYTES);
     // Truncated and zeroed: a record may end with zeros.
     let mut fewest = [whole.entries.len(); 2];
     for at in (from..end).rev() {
@@ -324,9 +330,7 @@ async fn a_missing_file_is_missed() {
 
     let copy = remains.copy();
     fs::remove_file(last_segment(&copy.wal())).unwrap();
-    // If it was the only one, there is no log; otherwise there is one that ends too early.
-    let said = copy.start(&[]).err().unwrap();
-    assert!(said.contains("is missing") || said.contains("the log ends there"), "{said}");
+    copy.assert_refused(&[], &["raft log", "is missing"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

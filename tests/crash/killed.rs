@@ -34,6 +34,13 @@ async fn nothing_acknowledged_is_lost() {
     let history = Arc::new(History::new());
     let follower = tokio::spawn(watcher::follow(node.channel(), Arc::clone(&history)));
     for round in 0..rounds {
+        while rng.chance(if round == 0 { 70 } else { 25 }) {
+            // Killed while it comes up, perhaps several times in a row.
+            node.set_arguments(arguments(&mut rng));
+            node.spawn();
+            tokio::time::sleep(Duration::from_micros(rng.next() % 150_000)).await;
+            node.kill();
+        }
         node.set_arguments(arguments(&mut rng));
         node.start();
         history.verify(node.channel(), &mut rng).await;
@@ -41,13 +48,6 @@ async fn nothing_acknowledged_is_lost() {
         tokio::time::sleep(Duration::from_millis(rng.next() % 900)).await;
         node.kill();
         load.stop().await;
-        while rng.chance(30) {
-            // Killed while it comes up, perhaps several times in a row.
-            node.set_arguments(arguments(&mut rng));
-            node.spawn();
-            tokio::time::sleep(Duration::from_micros(rng.next() % 150_000)).await;
-            node.kill();
-        }
         println!("round {round}: {} acknowledged, at {}", history.acknowledged(), history.seen());
         assert!(!node.log().contains("panicked"), "{}", node.log_tail());
         assert!(!follower.is_finished(), "the watcher has failed");

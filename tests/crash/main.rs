@@ -9,6 +9,7 @@
 //! ```
 //!
 //! * [`killed`]: SIGKILL under load, during start-up, in the middle of checkpoints.
+//! * [`orderly`]: SIGTERM under load, and how long a start takes.
 //! * [`power_cut`]: what the block device holds at some moment is all that is left.
 //! * [`damage`]: files torn, flipped, swapped and missing.
 //! * [`full_disk`]: no space left, slowly or at once.
@@ -32,6 +33,7 @@ mod history;
 mod killed;
 mod load;
 mod node;
+mod orderly;
 mod power_cut;
 mod watcher;
 

@@ -32,6 +32,15 @@ async fn a_power_cut_loses_nothing_acknowledged() {
     let history = Arc::new(History::new());
     let follower = tokio::spawn(watcher::follow(node.channel(), Arc::clone(&history)));
     for round in 0..rounds {
+        if rng.chance(if round == 0 { 60 } else { 20 }) {
+            // While it comes up, at first on an empty directory.
+            node.set_arguments(arguments(&mut rng));
+            node.spawn();
+            tokio::time::sleep(Duration::from_micros(rng.next() % 250_000)).await;
+            node.freeze();
+            disk = cut(&mut node, &disk);
+            println!("round {round}: cut during start-up");
+        }
         node.set_arguments(arguments(&mut rng));
         node.start();
         history.verify(node.channel(), &mut rng).await;
@@ -39,11 +48,9 @@ async fn a_power_cut_loses_nothing_acknowledged() {
         tokio::time::sleep(Duration::from_millis(rng.next() % 2500)).await;
         node.freeze();
         // What was sent before counts; it has arrived by the time the copy is made.
-        let after = disk.after_a_power_cut();
+        let after = cut(&mut node, &disk);
         load.stop().await;
-        node.kill();
         disk = after;
-        node.move_to(&disk.path().join("data"));
         println!("round {round}: {} acknowledged, at {}", history.acknowledged(), history.seen());
         assert!(!node.log().contains("panicked"), "{}", node.log_tail());
         assert!(!follower.is_finished(), "the watcher has failed");
@@ -54,4 +61,13 @@ async fn a_power_cut_loses_nothing_acknowledged() {
     assert!(status.success(), "{status}");
     follower.abort();
     assert!(history.acknowledged() as u64 > rounds * 10, "hardly any load");
+}
+
+/// What is left when a frozen server's power fails; the server is killed, and to be
+/// started there.
+fn cut(node: &mut Node, disk: &Disk) -> Disk {
+    let after = disk.after_a_power_cut();
+    node.kill();
+    node.move_to(&after.path().join("data"));
+    after
 }
