@@ -93,13 +93,11 @@ impl DiskGenerations {
     /// # Errors
     /// What the disk says.
     pub fn any(member_dir: &Path) -> Result<Option<PathBuf>, StorageError> {
-        if !member_dir.is_dir() {
-            return Ok(None);
-        }
-        let generations = DiskGenerations::locked(member_dir)?;
-        let found = generations
-            .checkpoints()
-            .map_err(|error| generations.io("look for a checkpoint", error))?;
+        let found = checkpoints(member_dir).map_err(|source| StorageError::Io {
+            dir: member_dir.to_owned(),
+            action: "look for a checkpoint",
+            source,
+        })?;
         Ok(found.into_iter().next())
     }
 
@@ -150,26 +148,9 @@ impl DiskGenerations {
         self.member_dir.join(format!("ckpt-{number}"))
     }
 
-    fn checkpoints(&self) -> io::Result<Vec<PathBuf>> {
-        let entries = match fs::read_dir(&self.member_dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(error),
-        };
-        let mut found = Vec::new();
-        for entry in entries {
-            let path = entry?.path();
-            let name = path.file_name().and_then(|name| name.to_str());
-            if name.is_some_and(|name| name.starts_with("ckpt-")) {
-                found.push(path);
-            }
-        }
-        Ok(found)
-    }
-
     fn remove_others(&self) -> io::Result<()> {
         let keep = self.dir(self.number);
-        for path in self.checkpoints()?.into_iter().filter(|path| *path != keep) {
+        for path in checkpoints(&self.member_dir)?.into_iter().filter(|path| *path != keep) {
             SledStorage::give_back_space(&path);
             fs::remove_dir_all(&path)?;
         }
@@ -194,6 +175,24 @@ impl DiskGenerations {
         file.write_all(format!("ckpt-{number}\n").as_bytes())?;
         file.sync_all()
     }
+}
+
+/// The checkpoints there are, whether they count or not.
+fn checkpoints(member_dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let entries = match fs::read_dir(member_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.starts_with("ckpt-")) {
+            found.push(path);
+        }
+    }
+    Ok(found)
 }
 
 /// Locks a member's directory, waiting a little for one whose server is just ending.

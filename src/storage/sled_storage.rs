@@ -79,6 +79,8 @@ pub struct SledStorage {
     panicked: AtomicBool,
     /// A sync failed: the kernel told of lost pages, and will not tell again.
     sync_failed: bool,
+    /// The directory's entries, and its own in its parent, have been synced.
+    names_synced: bool,
     progress: Progress,
     /// How many writes have been synced.
     mark: Mark,
@@ -161,6 +163,8 @@ impl SledStorage {
             failed,
             panicked,
             sync_failed: false,
+            // If an earlier process did not get that far, its first sync never succeeded.
+            names_synced: mark.number() > 0,
             progress,
             mark,
         };
@@ -188,20 +192,29 @@ impl SledStorage {
         let _ = db.and_then(|file| file.set_len(0));
     }
 
-    /// Marks an empty checkpoint as ours, and makes its files durable.
+    /// Marks an empty checkpoint as ours. Not yet durably: what nothing was synced in is
+    /// as good as not there, so the first sync is soon enough.
     fn begin(&mut self) -> Result<(), StorageError> {
         let key = stored_key(OWN_TABLE, FORMAT_KEY);
         let mut format = FORMAT_MAGIC.to_vec();
         format.extend_from_slice(&FORMAT.to_le_bytes());
         let mut batch = sled::Batch::default();
         batch.insert(key.clone(), encode_head(&key, &Head::Whole(&format)));
-        self.apply(batch, BTreeMap::new())?;
+        self.names_synced = false;
+        self.apply(batch, BTreeMap::new())
+    }
+
+    /// Makes durable that the checkpoint's files are there, when it was begun just now.
+    fn sync_names(&mut self) -> io::Result<()> {
+        if self.names_synced {
+            return Ok(());
+        }
         let sync = |path: &Path| File::open(path).and_then(|file| file.sync_all());
-        sync(&self.dir.join("conf"))
-            .and_then(|()| sync(&self.dir))
-            .and_then(|()| self.dir.parent().map_or(Ok(()), sync_parent))
-            .map_err(|source| self.io("sync its directory", source))?;
-        self.sync()
+        sync(&self.dir.join("conf"))?;
+        sync(&self.dir)?;
+        self.dir.parent().map_or(Ok(()), sync_parent)?;
+        self.names_synced = true;
+        Ok(())
     }
 
     fn check_format(&self) -> Result<(), StorageError> {
@@ -361,6 +374,10 @@ impl Storage for SledStorage {
             // Such a file is not durable, and making it so is not in our hands.
             let source = io::Error::other("sled has put a page into a file of its own");
             return Err(self.io("sync", source));
+        }
+        if let Err(source) = self.sync_names() {
+            self.sync_failed = true;
+            return Err(self.io("sync its directory", source));
         }
         if let Err(source) = self.mark.advance(self.progress.writes) {
             self.sync_failed = true;
