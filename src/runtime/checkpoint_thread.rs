@@ -37,10 +37,11 @@ use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
 use super::records;
-use super::space::{self, STORE_BYTES_PER_BYTE, Shortage};
+use super::space::{self, RESERVE_BYTES, STORE_BYTES_PER_BYTE, Shortage};
 use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
+use crate::mvcc::Revision;
 use crate::state::{Cut, StateMachine};
 use crate::storage::{Generations, Storage, StorageError};
 
@@ -56,6 +57,9 @@ const FULL_RETRY: Duration = Duration::from_secs(1);
 /// Free space that a checkpoint takes, in bytes, beside its records: a store that runs
 /// into the end of its disk must be opened anew, which is better avoided.
 const STORE_SPARE_BYTES: u64 = 8 << 20;
+/// With less free space, in bytes, nothing is deleted: a page of large values that loses
+/// one of them is written anew.
+const DELETE_FREE_BYTES: u64 = 2 * RESERVE_BYTES;
 /// Space that a rewrite leaves to the log, in bytes.
 const REWRITE_SPARES_BYTES: u64 = 32 << 20;
 /// Keys gathered in one hold of the state's lock when everything is written anew.
@@ -205,6 +209,9 @@ pub struct CheckpointThread {
     pub shortage: Arc<Shortage>,
     /// While `storage` is `None`: the checkpoint that counts may be opened anew.
     pub reopen: bool,
+    /// Records that compaction removed and that are still in the store, in the order they
+    /// are to be deleted in; empty at first.
+    pub removed: VecDeque<Revision>,
     /// `--snapshot-catchup-entries`.
     pub catch_up_entries: u64,
     /// Snapshots that the log still reaches back to, oldest first: the places to
@@ -289,12 +296,12 @@ impl CheckpointThread {
             return match records::write(storage, cut) {
                 Ok(()) => {
                     self.durable_index = cut.head.applied_index;
+                    self.removed.extend(&cut.dirty.removed);
+                    self.delete_removed()?;
                     Ok(true)
                 }
                 Err(error) if error.is_full() => {
-                    tracing::error!(%error, "the checkpoint's disk is full");
-                    self.reopen = storage.may_be_reopened();
-                    self.storage = None;
+                    self.close_full_storage(&error);
                     Ok(false)
                 }
                 Err(error) => Err(error),
@@ -303,6 +310,35 @@ impl CheckpointThread {
         // Everything is in memory, this cut included. It may be that compaction has left
         // so little that all of it fits where what was there before does not.
         Ok(self.rewrite_where_there_is_space()?.is_ok())
+    }
+
+    /// Deletes what compaction removed. Piece by piece that takes space before it gives any
+    /// back, and none to anybody else; where there is little, all is written anew instead if
+    /// that is worth it, or else what is removed stays for now, which does no harm.
+    fn delete_removed(&mut self) -> Result<(), StorageError> {
+        while !self.removed.is_empty() && self.has_free(DELETE_FREE_BYTES) {
+            let Some(storage) = self.storage.as_deref_mut() else { return Ok(()) };
+            match records::delete(storage, &mut self.removed) {
+                Err(error) if error.is_full() => self.close_full_storage(&error),
+                result => result?,
+            }
+        }
+        let Some(storage) = &self.storage else { return Ok(()) };
+        let records_bytes = self.state.read().store().size_bytes();
+        if !self.removed.is_empty() && storage.size_on_disk()? / 2 > needed_bytes(records_bytes) {
+            // If there is no space for it either, there may be the next time.
+            let _ = self.rewrite_where_there_is_space()?;
+        }
+        Ok(())
+    }
+
+    /// The store ran into the end of the disk and is of no use any more. It is opened anew
+    /// when there is space, if that is safe.
+    fn close_full_storage(&mut self, error: &StorageError) {
+        tracing::error!(%error, "the checkpoint's disk is full");
+        if let Some(mut storage) = self.storage.take() {
+            self.reopen = storage.may_be_reopened();
+        }
     }
 
     /// Whether there is a store to go on with: the one that ran into the end of the disk,
@@ -370,7 +406,8 @@ impl CheckpointThread {
     fn rewrite_where_there_is_space(&mut self) -> Result<Result<(), Error>, StorageError> {
         let needed_bytes = needed_bytes(self.state.read().store().size_bytes());
         if !self.has_free(needed_bytes.saturating_add(REWRITE_SPARES_BYTES)) {
-            tracing::debug!(needed_bytes, "no space to write the checkpoint anew");
+            let free_bytes = self.directory.as_deref().and_then(space::free_bytes);
+            tracing::debug!(needed_bytes, free_bytes, "no space to write the checkpoint anew");
             return Ok(Err(Error::NoSpace));
         }
         match self.write_next() {
@@ -378,6 +415,7 @@ impl CheckpointThread {
                 // Closes the one before, and then its space can go.
                 self.storage = Some(next);
                 self.generations.discard();
+                self.removed.clear();
                 Ok(Ok(()))
             }
             Err(error) if error.is_full() => {

@@ -9,6 +9,7 @@
 //!
 //! Numbers are big-endian, so records are in revision order.
 
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -65,8 +66,8 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
     value
 }
 
-/// Writes a cut and makes it durable, then deletes what compaction removed. Doing it
-/// again, after a failure, does no harm.
+/// Writes a cut and makes it durable. What compaction removed is not deleted yet
+/// ([`delete`]). Doing it again, after a failure, does no harm.
 ///
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
@@ -91,20 +92,27 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
     }
     batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
     storage.write(batch)?;
-    storage.sync()?;
-    delete(storage, cut.dirty.removed.iter().map(|revision| key(*revision)))
+    storage.sync()
 }
 
-fn delete(
+/// Deletes records that a compaction has removed from the state, taking them off the front
+/// of `removed`: as many as fit one batch. To be called once a durable head knows of the
+/// compaction. What a crash undoes, the next start finds to be removed again.
+///
+/// The order is that of the compaction: a version goes before the tombstone that deleted
+/// it, or a crash between the two would leave the version alone, and bring the key back.
+///
+/// # Errors
+/// The store fails.
+pub fn delete(
     storage: &mut dyn Storage,
-    keys: impl Iterator<Item = Bytes>,
+    removed: &mut VecDeque<Revision>,
 ) -> Result<(), StorageError> {
     let mut batch = Batch::new();
-    for key in keys {
-        batch.delete(Table::Mvcc, key);
-        if batch.is_full() {
-            storage.write(std::mem::take(&mut batch))?;
-        }
+    while !batch.is_full()
+        && let Some(revision) = removed.pop_front()
+    {
+        batch.delete(Table::Mvcc, key(revision));
     }
     if batch.is_empty() { Ok(()) } else { storage.write(batch) }
 }
@@ -140,13 +148,13 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     })?;
     let head: CheckpointHead = decode(Table::Head, head)?;
     let mut mvcc = Vec::new();
-    let mut leftovers = Vec::new();
+    let mut leftovers = VecDeque::new();
     for (key, mut value) in all(storage, Table::Mvcc)? {
         let bad =
             |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
         let revision = revision(&key).ok_or_else(|| bad("its key is no revision"))?;
         if revision.main > head.revision {
-            leftovers.push(Bytes::from(key));
+            leftovers.push_back(revision);
             continue;
         }
         if value.is_empty() {
@@ -155,7 +163,9 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
         let tombstone = value.split_to(1).first() == Some(&1);
         mvcc.push((revision, tombstone, value));
     }
-    delete(storage, leftovers.into_iter())?;
+    while !leftovers.is_empty() {
+        delete(storage, &mut leftovers)?;
+    }
     let store = Store::restore(mvcc, head.revision, head.compact_revision)
         .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;

@@ -103,10 +103,14 @@ impl Space {
         let shortest = directories.filter_map(|dir| Some((free_bytes(dir)?, dir)));
         let Some((free_bytes, directory)) = shortest.min() else { return };
         let reserve_bytes = RESERVE_BYTES.saturating_add(self.shortage.owed_bytes());
-        let low = free_bytes < reserve_bytes;
-        if low == self.shortage.disk_is_low.swap(low, Ordering::AcqRel) {
+        let was_low = self.shortage.disk_is_low.load(Ordering::Acquire);
+        // Some more than it took to run short, or it would come and go with every write.
+        let wanted_bytes = if was_low { reserve_bytes + reserve_bytes / 4 } else { reserve_bytes };
+        let low = free_bytes < wanted_bytes;
+        if low == was_low {
             return;
         }
+        self.shortage.disk_is_low.store(low, Ordering::Release);
         if low {
             tracing::error!(
                 directory = %directory.display(),

@@ -173,6 +173,7 @@ impl Member {
                 Place::Memory => None,
             },
             reopen: false,
+            removed: VecDeque::new(),
             catch_up_entries: catch_up,
             snapshots,
             fault: fault.clone(),

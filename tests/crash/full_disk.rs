@@ -127,7 +127,7 @@ impl Rig {
         kv.delete_range(delete).await.expect("deletes go on");
         let revision = self.history.seen();
         self.history.ask_compaction(revision);
-        let compaction = CompactionRequest { revision, physical: false };
+        let compaction = CompactionRequest { revision, physical: true };
         kv.compact(compaction).await.expect("compaction goes on");
         self.history.compacted(revision);
         assert!(self.node.is_healthy());

@@ -56,6 +56,7 @@ impl Bench {
             directory: None,
             shortage: Arc::default(),
             reopen: false,
+            removed: VecDeque::new(),
             catch_up_entries: 0,
             snapshots: VecDeque::new(),
             fault: Fault::default(),

@@ -145,3 +145,48 @@ fn an_empty_store_is_no_checkpoint() {
     let error = recover(&mut MemoryStorage::new()).err().expect("refused").to_string();
     assert!(error.contains("Head"), "{error}");
 }
+
+/// Keys deleted long ago stay deleted, wherever a crash falls between the batches that take
+/// their versions and tombstones out of the checkpoint.
+#[test]
+fn a_crash_while_removed_records_are_deleted_brings_no_key_back() {
+    const KEYS: usize = 350;
+    let mut state = new_state();
+    let mut index = 0;
+    let mut apply = |state: &mut StateMachine, request: Request| {
+        index += 1;
+        let command = Command { header: None, request: Some(request) };
+        let entry = Mark { index, term: 1 };
+        state.apply(entry, command, &mut Effects::default()).expect("it is applied");
+    };
+    let key = |number: usize| Bytes::from(format!("key {number}"));
+    for number in 0..KEYS {
+        let put = PutRequest { key: key(number), ..PutRequest::default() };
+        apply(&mut state, Request::Put(put));
+    }
+    for number in 0..KEYS {
+        let delete = DeleteRangeRequest { key: key(number), ..DeleteRangeRequest::default() };
+        apply(&mut state, Request::DeleteRange(delete));
+    }
+    // One more, so that a batch ends between a version and its tombstone.
+    for _ in 0..3 {
+        let put = PutRequest { key: "twice".into(), ..PutRequest::default() };
+        apply(&mut state, Request::Put(put));
+    }
+    let revision = state.store().revision();
+    apply(&mut state, Request::Compaction(CompactionRequest { revision, physical: false }));
+    let mut storage = MemoryStorage::new();
+    write(&mut storage, &state.cut()).expect("written");
+    while !state.compact_step(i64::MAX, 10) {}
+    let cut = state.cut();
+    write(&mut storage, &cut).expect("written");
+    let mut removed = VecDeque::from(cut.dirty.removed);
+    assert_eq!(removed.len(), 2 * KEYS + 1);
+    while !removed.is_empty() {
+        delete(&mut storage, &mut removed).expect("deleted");
+        let mut restored = restored(&mut storage.clone());
+        assert_eq!(restored.store().keys_total(), 1);
+        while !restored.compact_step(i64::MAX, 10) {}
+        assert_equal(&restored, &state);
+    }
+}
