@@ -115,6 +115,7 @@ pub mod version;
 // rooms one by one. Not for programs: they change with any release.
 #[doc(hidden)]
 pub mod api;
+mod file_lock;
 #[doc(hidden)]
 pub mod lease;
 #[doc(hidden)]

@@ -20,7 +20,7 @@ const LEVELS: &[&[&str]] = &[
     &["raft", "state"],
     &["mvcc", "lease"],
     &["config", "metrics", "log", "storage"],
-    &["error", "pb", "version"],
+    &["error", "file_lock", "pb", "version"],
 ];
 
 /// A room, rooms it never names though they lie below it, and why.

@@ -15,6 +15,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::LogError;
+use crate::file_lock::FileLock;
 
 /// Sequences and numbers of spares in names stay below.
 const NUMBER_MAX: u64 = 1 << 60;
@@ -38,7 +39,7 @@ pub(super) struct Directory {
     handle: File,
     fsync: bool,
     /// Holds the lock; the kernel gives it up with the descriptor.
-    _lock: File,
+    _lock: FileLock,
     #[cfg(test)]
     pub(super) observer: parking_lot::Mutex<Option<Observer>>,
 }
@@ -68,20 +69,9 @@ impl Directory {
     pub(super) fn open(path: &Path, fsync: bool) -> Result<Directory, LogError> {
         create_synced(path, fsync)?;
         let lock_path = path.join("LOCK");
-        let lock = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&lock_path)
-            .map_err(|e| LogError::io("open", &lock_path, e))?;
-        match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(LogError::Locked { dir: path.to_owned() });
-            }
-            Err(e) => return Err(LogError::io("lock", &lock_path, e.into())),
-        }
+        let lock = FileLock::acquire(&lock_path)
+            .map_err(|e| LogError::io("lock", &lock_path, e))?
+            .ok_or_else(|| LogError::Locked { dir: path.to_owned() })?;
         let handle = File::open(path).map_err(|e| LogError::io("open", path, e))?;
         Ok(Directory {
             path: path.to_owned(),

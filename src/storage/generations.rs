@@ -16,18 +16,12 @@
 //! for the caller to know before it calls [`DiskGenerations::begin_first`]. Nothing is
 //! removed before the checkpoint that counts was opened.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::thread;
-use std::time::Instant;
 
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
-
-use super::sled_storage::{LOCK_PATIENCE, LOCK_RETRY};
 use super::{MemoryStorage, SledStorage, Storage, StorageError};
+use crate::file_lock::FileLock;
 
 /// The file that names the checkpoint that counts.
 const CURRENT: &str = "CURRENT";
@@ -69,7 +63,7 @@ pub struct DiskGenerations {
     number: u64,
     /// Without it, a second server would take what the first is filling for a leftover.
     /// The kernel gives it up with the descriptor.
-    _lock: File,
+    _lock: FileLock,
 }
 
 impl DiskGenerations {
@@ -195,24 +189,12 @@ fn checkpoints(member_dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// Locks a member's directory, waiting a little for one whose server is just ending.
-fn lock(member_dir: &Path) -> Result<File, StorageError> {
-    let failed =
-        |action, source: io::Error| StorageError::Io { dir: member_dir.to_owned(), action, source };
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(false).mode(0o600);
-    let file = options.open(member_dir.join(LOCK)).map_err(|error| failed("open LOCK", error))?;
-    let begun = Instant::now();
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_PATIENCE => thread::sleep(LOCK_RETRY),
-            Err(Errno::WOULDBLOCK) => {
-                return Err(StorageError::Locked { dir: member_dir.to_owned() });
-            }
-            Err(error) => return Err(failed("lock LOCK", error.into())),
-        }
-    }
+/// Locks a member's directory.
+fn lock(member_dir: &Path) -> Result<FileLock, StorageError> {
+    let dir = || member_dir.to_owned();
+    FileLock::acquire(&member_dir.join(LOCK))
+        .map_err(|source| StorageError::Io { dir: dir(), action: "lock LOCK", source })?
+        .ok_or_else(|| StorageError::Locked { dir: dir() })
 }
 
 impl Generations for DiskGenerations {

@@ -44,6 +44,7 @@ use super::record::{
     piece_key, pieces_of, stored_key,
 };
 use super::{Batch, Storage, StorageError, Table, Visit};
+use crate::file_lock;
 
 /// The format described in [`super::record`].
 const FORMAT: u32 = 1;
@@ -60,9 +61,6 @@ const SEGMENT_BYTES: usize = 4 << 20;
 const CACHE_BYTES: u64 = 16 << 20;
 /// How often sled's thread cleans up, in milliseconds.
 const CLEAN_EVERY_MS: u64 = 500;
-/// How long to wait for the lock of a process that was just killed.
-pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-pub(super) const LOCK_RETRY: Duration = Duration::from_millis(20);
 /// How long to wait for a sled that has reported an error to close.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -503,10 +501,10 @@ fn open_sled(dir: &Path) -> Result<(sled::Db, bool), StorageError> {
         match catch_unwind(open) {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) if is_locked(&error) => {
-                if begun.elapsed() >= LOCK_PATIENCE {
+                if begun.elapsed() >= file_lock::PATIENCE {
                     return Err(StorageError::Locked { dir: dir.to_path_buf() });
                 }
-                thread::sleep(LOCK_RETRY);
+                thread::sleep(file_lock::RETRY);
             }
             Ok(Err(error)) => return Err(error_of(dir, "open it", error)),
             Err(panic) => {
