@@ -15,7 +15,9 @@
 //!
 //! etcd has one more rule: when *no* key exists at the revision asked for, the records at
 //! or below C that compaction keeps all count (b's 3 and d's 5 in the picture, were a not
-//! there and b deleted at 7). What compaction spares for watchers only, the version
+//! there and b deleted at 7). The hash that it works out while it compacts, to that revision,
+//! has the same rule, but there a key deleted exactly at the revision is one that exists,
+//! because compaction keeps its tombstone. What compaction spares for watchers only, the version
 //! replaced exactly at C, is unknown to etcd and never counts.
 
 use bytes::Bytes;
@@ -35,6 +37,8 @@ pub struct HashKv {
     /// Kept by compaction but replaced since: counted when no key exists at `at`.
     replaced: Vec<Record>,
     some_key_exists: bool,
+    /// Whether a key deleted exactly at `at` is one that exists.
+    tombstones_exist: bool,
 }
 
 impl HashKv {
@@ -65,8 +69,9 @@ impl HashKv {
                 .peekable();
             while let Some(version) = versions.next() {
                 let next = versions.peek();
-                self.some_key_exists |= next.is_none() && !version.is_tombstone();
                 let (main, put) = (version.revision.main, !version.is_tombstone());
+                self.some_key_exists |=
+                    next.is_none() && (put || (self.tombstones_exist && main == at));
                 if main > compact_revision || (put && next.is_none()) {
                     self.records.push(record(key, version));
                 } else if put
@@ -104,7 +109,14 @@ impl Store {
             records: Vec::new(),
             replaced: Vec::new(),
             some_key_exists: false,
+            tombstones_exist: false,
         }
+    }
+
+    /// Begins the hash that goes with compaction to revision `at`, before the compaction
+    /// takes effect.
+    pub fn compaction_hash_begin(&self, at: i64) -> HashKv {
+        HashKv { tombstones_exist: true, ..self.hash_kv_begin(at) }
     }
 
     /// HashKV as of revision `at`, which must be neither compacted nor in the future, in

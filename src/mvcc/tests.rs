@@ -169,7 +169,14 @@ impl Model {
     }
 
     fn hash_kv(&self, at: i64) -> u32 {
-        let keep = self.available(at, false);
+        self.hash_keeping(at, &self.available(at, false))
+    }
+
+    fn compaction_hash(&self, at: i64) -> u32 {
+        self.hash_keeping(at, &self.available(at, true))
+    }
+
+    fn hash_keeping(&self, at: i64, keep: &BTreeSet<Revision>) -> u32 {
         let mut hashed = b"key".to_vec();
         for (row, (tombstone, value)) in &self.rows {
             if row.main > at
@@ -216,6 +223,9 @@ fn check_all(store: &Store, model: &Model, ranges: &[KeyRange]) {
     for at in oldest..=model.revision {
         check_reads(store, model, ranges, at);
         assert_eq!(store.hash_kv(at), model.hash_kv(at), "hash at {at}");
+        let mut hash = store.compaction_hash_begin(at);
+        hash.step(store, usize::MAX);
+        assert_eq!(hash.finish(), model.compaction_hash(at), "hash of a compaction to {at}");
     }
     assert_eq!(store.keys_total(), model.replay(model.revision).1.len() as u64);
     assert_eq!(store.records().collect::<Vec<_>>(), model.records());

@@ -181,7 +181,7 @@ mod tests {
         let queue = HashQueue { jobs, hashes: Arc::clone(&hashes) };
         let pins = Arc::new(Pins::default());
         for revision in [1, 2] {
-            let hash = Store::new().hash_kv_begin(revision);
+            let hash = Store::new().compaction_hash_begin(revision);
             queue.push(HashJob { hash, pin: pins.pin(revision) });
         }
         assert_eq!(hashes.get(2).await, None, "the queue was full");

@@ -352,7 +352,7 @@ impl StateMachine {
     }
 
     fn compact(&mut self, revision: i64, effects: &mut Effects) -> Outcome {
-        let hash = self.store.hash_kv_begin(revision);
+        let hash = self.store.compaction_hash_begin(revision);
         self.store.compact(revision)?;
         effects.compactions.push(hash);
         self.dirty.rest = true;
