@@ -233,6 +233,8 @@ struct Watcher<O> {
     /// Changes before this revision are not for this watcher, or it has them. Live
     /// watchers have, besides, everything up to the position.
     next: i64,
+    /// The `start_revision` it was created with. Nothing is said of earlier revisions.
+    start: i64,
     behind: bool,
     no_put: bool,
     no_delete: bool,
@@ -376,6 +378,7 @@ impl<O: Outbox> Watchers<O> {
             outbox: state.outbox.clone(),
             range: range.clone(),
             next,
+            start: request.start_revision,
             behind,
             no_put: filters(FilterType::Noput),
             no_delete: filters(FilterType::Nodelete),
@@ -416,8 +419,9 @@ impl<O: Outbox> Watchers<O> {
     /// Answers how far the watchers of the stream are, with one response for all, once all
     /// of them are Live and the position has reached `revision`, the store's latest.
     ///
-    /// Silent, as etcd is, when there are no watchers, or one of them starts in the future:
-    /// for that one, the answer would be about revisions it does not want. Requests that
+    /// Silent, as etcd is, when there are no watchers, or one of them starts in the future,
+    /// be it with the very next revision: the answer would be about revisions it does not
+    /// want (`progressIfSync` in server/storage/mvcc/watchable_store.go). Requests that
     /// come while one is open get one answer.
     pub fn progress(&mut self, stream: StreamId, revision: i64) {
         let Some(state) = self.streams.get_mut(&stream) else { return };
@@ -438,7 +442,7 @@ impl<O: Outbox> Watchers<O> {
             if watcher.progress_notify {
                 asked = true;
                 let quiet = std::mem::replace(&mut watcher.quiet, true);
-                let up_to_date = !watcher.behind && watcher.next <= self.position + 1;
+                let up_to_date = !watcher.behind && watcher.may_hear_of(self.position);
                 if quiet && up_to_date && watcher.outbox.has_room() {
                     let header = header(self.position);
                     let watch_id = watcher.id;
@@ -653,7 +657,7 @@ impl<O: Outbox> Watchers<O> {
                 return true;
             }
             let mut watchers = state.watchers.values().filter_map(|&slot| slab.get(slot));
-            let told = watchers.all(|watcher| watcher.next <= *position + 1);
+            let told = watchers.all(|watcher| watcher.may_hear_of(*position));
             if told && !state.watchers.is_empty() {
                 if !state.outbox.has_room() {
                     state.blocked = true;
@@ -690,6 +694,11 @@ impl<O: Outbox> Watchers<O> {
 }
 
 impl<O: Outbox> Watcher<O> {
+    /// Whether a response may say that everything up to `revision` was sent.
+    fn may_hear_of(&self, revision: i64) -> bool {
+        self.start <= revision && self.next <= revision + 1
+    }
+
     fn wants(&self, change: &Change) -> bool {
         let filtered = if change.deleted { self.no_delete } else { self.no_put };
         !filtered && !self.batch.refused && change.revision.main >= self.next
