@@ -230,13 +230,14 @@ impl<H: HealthSource> Endpoints<H> {
     /// Why `/health` is false, if it is.
     async fn ailment(&self, excluded: &BTreeSet<String>, serializable: bool) -> Option<String> {
         for alarm in self.source.alarms() {
-            let kind = alarm.alarm();
-            if excluded.contains(kind.as_str_name()) {
+            let kind = AlarmType::try_from(alarm.alarm);
+            // Go's name of an enum's value that has none is its number.
+            let name = kind.map_or(alarm.alarm.to_string(), |kind| kind.as_str_name().to_owned());
+            if excluded.contains(&name) {
                 continue;
             }
-            let known = matches!(kind, AlarmType::Nospace | AlarmType::Corrupt);
-            let name = if known { kind.as_str_name() } else { "UNKNOWN" };
-            return Some(format!("ALARM {name}"));
+            let known = matches!(kind, Ok(AlarmType::Nospace | AlarmType::Corrupt));
+            return Some(format!("ALARM {}", if known { &name } else { "UNKNOWN" }));
         }
         if !serializable && !self.source.has_leader() {
             return Some("RAFT NO LEADER".to_owned());

@@ -16,7 +16,7 @@ pub(in crate::api) struct FakeSource {
     leaderless: AtomicBool,
     learner: AtomicBool,
     undecided: AtomicBool,
-    alarms: Mutex<Vec<AlarmType>>,
+    alarms: Mutex<Vec<i32>>,
     reads: AtomicUsize,
     refreshes: AtomicUsize,
 }
@@ -43,7 +43,7 @@ impl HealthSource for FakeSource {
     }
     fn alarms(&self) -> Vec<AlarmMember> {
         let alarms = self.alarms.lock();
-        alarms.iter().map(|&kind| AlarmMember { member_id: 1, alarm: kind.into() }).collect()
+        alarms.iter().map(|&alarm| AlarmMember { member_id: 1, alarm }).collect()
     }
     fn is_learner(&self) -> bool {
         self.learner.load(Ordering::Relaxed)
@@ -123,7 +123,7 @@ async fn a_healthy_server_says_so_in_etcds_words() {
 #[tokio::test]
 async fn an_alarm_makes_health_false_unless_excluded() {
     let Fixture { source, router, .. } = fixture();
-    source.alarms.lock().push(AlarmType::Nospace);
+    source.alarms.lock().push(AlarmType::Nospace.into());
     let no_space = "{\"health\":\"false\",\"reason\":\"ALARM NOSPACE\"}\n";
     let expected = (503, TEXT.to_owned(), no_space.to_owned());
     assert_eq!(ask(&router, "GET", "/health").await, expected);
@@ -132,7 +132,7 @@ async fn an_alarm_makes_health_false_unless_excluded() {
     assert_eq!(get(&router, "/health?exclude=CORRUPT").await.0, 503);
     assert_eq!(get(&router, "/readyz").await.0, 200, "a full server is still ready");
 
-    source.alarms.lock().push(AlarmType::Corrupt);
+    source.alarms.lock().push(AlarmType::Corrupt.into());
     let body = get(&router, "/health?exclude=NOSPACE").await.1;
     assert_eq!(body, "{\"health\":\"false\",\"reason\":\"ALARM CORRUPT\"}\n");
     assert_eq!(get(&router, "/health?exclude=NOSPACE&exclude=CORRUPT").await.0, 200);
@@ -143,6 +143,11 @@ async fn an_alarm_makes_health_false_unless_excluded() {
     assert_eq!(get(&router, "/livez").await.0, 200);
     let one = "[-]data_corruption failed: alarm activated: CORRUPT\n\n";
     assert_eq!(get(&router, "/readyz/data_corruption").await, (503, one.to_owned()));
+
+    *source.alarms.lock() = vec![9];
+    let unknown = "{\"health\":\"false\",\"reason\":\"ALARM UNKNOWN\"}\n";
+    assert_eq!(get(&router, "/health?exclude=NONE").await, (503, unknown.to_owned()));
+    assert_eq!(get(&router, "/health?exclude=9").await.0, 200);
 }
 
 #[tokio::test]
