@@ -103,6 +103,8 @@
 //! module uses only those below it. `ARCHITECTURE.md` in the repository shows the way of a
 //! write and of a read through them.
 
+#![forbid(unsafe_code)]
+
 pub mod client;
 pub mod config;
 pub mod engine;

@@ -5,6 +5,8 @@
 //! shutdown ends the process at once.
 
 mod logging;
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+mod memory;
 mod systemd;
 
 use std::io::{self, Write};
@@ -41,6 +43,9 @@ fn fail(message: &str, exit_code: u8) -> ExitCode {
 }
 
 fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    memory::trim_from_time_to_time()
+        .unwrap_or_else(|error| warn!(%error, "freed memory will not be given back"));
     // One worker per processor, or TOKIO_WORKER_THREADS, does the clients' work; raft, log,
     // apply and checkpoint have threads of their own.
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

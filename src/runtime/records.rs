@@ -149,19 +149,26 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     let head: CheckpointHead = decode(Table::Head, head)?;
     let mut mvcc = Vec::new();
     let mut leftovers = VecDeque::new();
-    for (key, mut value) in all(storage, Table::Mvcc)? {
-        let bad =
-            |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
-        let revision = revision(&key).ok_or_else(|| bad("its key is no revision"))?;
-        if revision.main > head.revision {
-            leftovers.push_back(revision);
-            continue;
-        }
-        if value.is_empty() {
-            return Err(bad("it is empty"));
-        }
-        let tombstone = value.split_to(1).first() == Some(&1);
-        mvcc.push((revision, tombstone, value));
+    let mut bad = None;
+    storage.scan(Table::Mvcc, b"", b"", &mut |key, mut value| {
+        let reason = match revision(key) {
+            None => "its key is no revision",
+            Some(revision) if revision.main > head.revision => {
+                leftovers.push_back(revision);
+                return ControlFlow::Continue(());
+            }
+            Some(_) if value.is_empty() => "it is empty",
+            Some(revision) => {
+                let tombstone = value.split_to(1).first() == Some(&1);
+                mvcc.push((revision, tombstone, value));
+                return ControlFlow::Continue(());
+            }
+        };
+        bad = Some(RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() });
+        ControlFlow::Break(())
+    })?;
+    if let Some(bad) = bad {
+        return Err(bad);
     }
     while !leftovers.is_empty() {
         delete(storage, &mut leftovers)?;
@@ -173,20 +180,16 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     Ok(Restored { head, members, leases, store })
 }
 
-fn all(storage: &dyn Storage, table: Table) -> Result<Vec<(Vec<u8>, Bytes)>, StorageError> {
-    let mut found = Vec::new();
-    storage.scan(table, b"", b"", &mut |key, value| {
-        found.push((key.to_vec(), value));
-        ControlFlow::Continue(())
-    })?;
-    Ok(found)
-}
-
 fn decode_all<M: Message + Default>(
     storage: &dyn Storage,
     table: Table,
 ) -> Result<Vec<M>, RecoverError> {
-    all(storage, table)?.into_iter().map(|(_, value)| decode(table, value)).collect()
+    let mut found = Vec::new();
+    storage.scan(table, b"", b"", &mut |_, value| {
+        found.push(decode(table, value));
+        ControlFlow::Continue(())
+    })?;
+    found.into_iter().collect()
 }
 
 fn decode<M: Message + Default>(table: Table, value: Bytes) -> Result<M, RecoverError> {

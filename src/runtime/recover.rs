@@ -257,8 +257,11 @@ impl OnDisk<'_> {
 
     /// A member that was here before.
     fn recover(&self) -> Result<Recovery, OpenError> {
-        let (generations, mut storage) = DiskGenerations::open(&self.member_dir)?;
+        let (mut generations, mut storage) = DiskGenerations::open(&self.member_dir)?;
         let state = StateMachine::restore(records::recover(&mut storage)?);
+        // sled keeps most of what it has read; opened anew, it has read nothing.
+        drop(storage);
+        let storage = generations.reopen()?;
         let applied = state.applied().index;
         if !Log::exists(&self.log_dir)? {
             return Err(OpenError::LogMissing {
@@ -284,7 +287,7 @@ impl OnDisk<'_> {
             start: start(&state, recovered),
             state,
             log: Box::new(log),
-            storage: Box::new(storage),
+            storage,
             generations: Box::new(generations),
             identity,
             is_new: false,

@@ -37,8 +37,8 @@ pub trait Generations: Send {
     /// Like opening a storage.
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError>;
 
-    /// The checkpoint that counts, opened anew, after the one that was open has failed
-    /// and was dropped: in the state after a crash, all that was synced and perhaps more.
+    /// The checkpoint that counts, opened anew after it was dropped. Was it dropped because
+    /// it had failed, it is in the state after a crash: all that was synced and perhaps more.
     ///
     /// # Errors
     /// Like opening a storage; also when it cannot be opened twice by one process.
