@@ -20,8 +20,8 @@ const SMALL_BYTES: u64 = 48 << 20;
 /// Trimmed again once resident memory has changed by this part of what the last trim left,
 /// or after [`TRIM_AT_LEAST`].
 const CHANGE: u64 = 8;
-/// Trimmed after so many intervals at the latest: what was freed does not show.
-const TRIM_AT_LEAST: u32 = 6;
+/// Trimmed after so many more intervals at the latest: what was freed does not show.
+const TRIM_AT_LEAST: u32 = 2;
 
 /// Starts a thread that trims the heap, until the process ends.
 ///

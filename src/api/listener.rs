@@ -50,6 +50,7 @@ use tokio_rustls::server::TlsStream;
 use tower::Service as _;
 use url::Url;
 
+use super::gather::Gather;
 use super::tls::{Tls, common_name};
 
 /// Descriptors kept back from client connections, for the log, the checkpoint and peers.
@@ -514,7 +515,8 @@ impl Shared {
         let builder = self.builder.clone();
         let builder = if http2 { builder.http2_only() } else { builder.http1_only() };
         let service = Requests { router: self.router.clone(), connection: Arc::new(connection) };
-        let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut serving =
+            pin!(builder.serve_connection(TokioIo::new(Gather::new(stream)), service));
         let mut stopped = self.stopped.clone();
         let ended = tokio::select! {
             ended = serving.as_mut() => ended,

@@ -19,6 +19,7 @@ mod cluster;
 mod concurrency;
 mod election;
 pub mod gateway;
+mod gather;
 mod health;
 pub mod http;
 mod intercept;
