@@ -50,6 +50,7 @@ use tokio_rustls::server::TlsStream;
 use tower::Service as _;
 use url::Url;
 
+use super::authority::PlainAuthority;
 use super::gather::Gather;
 use super::tls::{Tls, common_name};
 
@@ -67,7 +68,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const WARN_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What HTTP/2 begins with, before any frame.
-const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first byte of TLS: a handshake record.
 const TLS_HANDSHAKE: u8 = 0x16;
 /// The answer to HTTP where TLS is expected, as Go's server words it.
@@ -513,10 +514,20 @@ impl Shared {
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let builder = self.builder.clone();
-        let builder = if http2 { builder.http2_only() } else { builder.http1_only() };
         let service = Requests { router: self.router.clone(), connection: Arc::new(connection) };
-        let mut serving =
-            pin!(builder.serve_connection(TokioIo::new(Gather::new(stream)), service));
+        if http2 {
+            let stream = Gather::new(PlainAuthority::new(stream));
+            self.serve(builder.http2_only(), stream, service).await;
+        } else {
+            self.serve(builder.http1_only(), Gather::new(stream), service).await;
+        }
+    }
+
+    async fn serve<S>(&self, builder: auto::Builder<TokioExecutor>, stream: S, service: Requests)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));
         let mut stopped = self.stopped.clone();
         let ended = tokio::select! {
             ended = serving.as_mut() => ended,

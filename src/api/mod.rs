@@ -15,6 +15,7 @@
 //! HTTP or, by [`in_process_channel`], without any network.
 
 mod auth;
+mod authority;
 mod cluster;
 mod concurrency;
 mod election;

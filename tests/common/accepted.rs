@@ -58,15 +58,6 @@ pub(crate) const JSON_NAME_TWICE: Accepted = Accepted {
     reason: "The gateway takes the last of two fields of one name; etcd refuses the body.",
 };
 
-/// What the HTTP/2 library takes.
-pub(crate) const OLD_AUTHORITY: Accepted = Accepted {
-    name: "authority-with-scheme",
-    reason: "A gRPC client of etcd 3.4 that is given an endpoint as a URL sends the URL as \
-             `:authority` when it asks one endpoint (`etcdctl endpoint status`, `endpoint hashkv` or \
-             `defrag`, with `--cluster` or with `--endpoints=http://…`: leave `http://` out); that is \
-             not HTTP/2, and the request is refused with `PROTOCOL_ERROR`.",
-};
-
 /// Comes later.
 pub(crate) const NO_AUTHENTICATION: Accepted = Accepted {
     name: "authentication",
@@ -82,6 +73,5 @@ pub(crate) const ACCEPTED: &[&Accepted] = &[
     &DECODE_ERROR_TEXT,
     &JSON_ERROR_TEXT,
     &JSON_NAME_TWICE,
-    &OLD_AUTHORITY,
     &NO_AUTHENTICATION,
 ];
