@@ -183,6 +183,33 @@ impl Checkpointer {
     }
 }
 
+/// Records that compaction removed from the state, and that the store has or may come to
+/// have again.
+#[derive(Debug, Default)]
+pub struct Removed {
+    /// In the order they are to be deleted in.
+    revisions: VecDeque<Revision>,
+    /// So many of them, from the front, are deleted, but not durably.
+    deleted: usize,
+}
+
+impl Removed {
+    fn is_any_left(&self) -> bool {
+        self.deleted < self.revisions.len()
+    }
+
+    /// Those that are yet to be deleted.
+    fn left(&self) -> impl Iterator<Item = Revision> {
+        self.revisions.range(self.deleted..).copied()
+    }
+
+    /// The store was synced.
+    fn synced(&mut self) {
+        self.revisions.drain(..self.deleted);
+        self.deleted = 0;
+    }
+}
+
 /// Everything the checkpoint thread works with.
 pub struct CheckpointThread {
     /// The store; `None` while there is none to write to, because its disk was full.
@@ -209,9 +236,8 @@ pub struct CheckpointThread {
     pub shortage: Arc<Shortage>,
     /// While `storage` is `None`: the checkpoint that counts may be opened anew.
     pub reopen: bool,
-    /// Records that compaction removed and that are still in the store, in the order they
-    /// are to be deleted in; empty at first.
-    pub removed: VecDeque<Revision>,
+    /// Records that compaction removed; empty at first.
+    pub removed: Removed,
     /// `--snapshot-catchup-entries`.
     pub catch_up_entries: u64,
     /// Snapshots that the log still reaches back to, oldest first: the places to
@@ -296,7 +322,8 @@ impl CheckpointThread {
             return match records::write(storage, cut) {
                 Ok(()) => {
                     self.durable_index = cut.head.applied_index;
-                    self.removed.extend(&cut.dirty.removed);
+                    self.removed.synced();
+                    self.removed.revisions.extend(&cut.dirty.removed);
                     self.delete_removed()?;
                     Ok(true)
                 }
@@ -316,16 +343,17 @@ impl CheckpointThread {
     /// back, and none to anybody else; where there is little, all is written anew instead if
     /// that is worth it, or else what is removed stays for now, which does no harm.
     fn delete_removed(&mut self) -> Result<(), StorageError> {
-        while !self.removed.is_empty() && self.has_free(DELETE_FREE_BYTES) {
+        while self.removed.is_any_left() && self.has_free(DELETE_FREE_BYTES) {
             let Some(storage) = self.storage.as_deref_mut() else { return Ok(()) };
-            match records::delete(storage, &mut self.removed) {
+            match records::delete(storage, self.removed.left()) {
+                Ok(count) => self.removed.deleted += count,
                 Err(error) if error.is_full() => self.close_full_storage(&error),
-                result => result?,
+                Err(error) => return Err(error),
             }
         }
         let Some(storage) = &self.storage else { return Ok(()) };
         let records_bytes = self.state.read().store().size_bytes();
-        if !self.removed.is_empty() && storage.size_on_disk()? / 2 > needed_bytes(records_bytes) {
+        if self.removed.is_any_left() && storage.size_on_disk()? / 2 > needed_bytes(records_bytes) {
             // If there is no space for it either, there may be the next time.
             let _ = self.rewrite_where_there_is_space()?;
         }
@@ -339,6 +367,8 @@ impl CheckpointThread {
         if let Some(mut storage) = self.storage.take() {
             self.reopen = storage.may_be_reopened();
         }
+        // Opened anew it may have again what was deleted since the last sync.
+        self.removed.deleted = 0;
     }
 
     /// Whether there is a store to go on with: the one that ran into the end of the disk,
@@ -415,7 +445,7 @@ impl CheckpointThread {
                 // Closes the one before, and then its space can go.
                 self.storage = Some(next);
                 self.generations.discard();
-                self.removed.clear();
+                self.removed = Removed::default();
                 Ok(Ok(()))
             }
             Err(error) if error.is_full() => {
@@ -430,7 +460,7 @@ impl CheckpointThread {
     fn write_next(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         let mut next = self.generations.begin()?;
         let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
-        records::write(next.as_mut(), &image)?;
+        records::fill(next.as_mut(), &image)?;
         self.generations.switch()?;
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
         self.durable_index = image.head.applied_index;

@@ -9,7 +9,6 @@
 //!
 //! Numbers are big-endian, so records are in revision order.
 
-use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
@@ -69,9 +68,29 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
 /// Writes a cut and makes it durable. What compaction removed is not deleted yet
 /// ([`delete`]). Doing it again, after a failure, does no harm.
 ///
+/// Leases and head change together, in one batch that is as large as it takes: replayed
+/// over leases that are gone already, the log would leave their keys behind.
+///
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
 pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
+    write_in_batches(storage, cut, |_| false)
+}
+
+/// Like [`write`], into a checkpoint that does not count yet: no batch is larger than
+/// others.
+///
+/// # Errors
+/// The store fails.
+pub fn fill(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
+    write_in_batches(storage, cut, Batch::is_full)
+}
+
+fn write_in_batches(
+    storage: &mut dyn Storage,
+    cut: &Cut,
+    ends_among_leases: fn(&Batch) -> bool,
+) -> Result<(), StorageError> {
     let mut batch = Batch::new();
     for (revision, tombstone, kv) in &cut.dirty.records {
         batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));
@@ -85,6 +104,9 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
             Some(lease) => batch.put(Table::Lease, id, lease.encode_to_vec()),
             None => batch.delete(Table::Lease, id),
         }
+        if ends_among_leases(&batch) {
+            storage.write(std::mem::take(&mut batch))?;
+        }
     }
     for member in &cut.members {
         let id = Bytes::copy_from_slice(&member.id.to_be_bytes());
@@ -95,9 +117,10 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
     storage.sync()
 }
 
-/// Deletes records that a compaction has removed from the state, taking them off the front
-/// of `removed`: as many as fit one batch. To be called once a durable head knows of the
-/// compaction. What a crash undoes, the next start finds to be removed again.
+/// Deletes the first of the records that a compaction has removed from the state, as many
+/// as fit one batch, and returns how many. They are gone for good once the store is synced.
+/// To be called once a durable head knows of the compaction. What a crash undoes, the next
+/// start finds to be removed again.
 ///
 /// The order is that of the compaction: a version goes before the tombstone that deleted
 /// it, or a crash between the two would leave the version alone, and bring the key back.
@@ -106,15 +129,20 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
 /// The store fails.
 pub fn delete(
     storage: &mut dyn Storage,
-    removed: &mut VecDeque<Revision>,
-) -> Result<(), StorageError> {
-    let mut batch = Batch::new();
-    while !batch.is_full()
-        && let Some(revision) = removed.pop_front()
-    {
+    removed: impl IntoIterator<Item = Revision>,
+) -> Result<usize, StorageError> {
+    let (mut batch, mut count) = (Batch::new(), 0);
+    for revision in removed {
         batch.delete(Table::Mvcc, key(revision));
+        count += 1;
+        if batch.is_full() {
+            break;
+        }
     }
-    if batch.is_empty() { Ok(()) } else { storage.write(batch) }
+    if count > 0 {
+        storage.write(batch)?;
+    }
+    Ok(count)
 }
 
 /// Everything the state holds, as a cut: what a new checkpoint begins with. Goes through
@@ -148,13 +176,13 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     })?;
     let head: CheckpointHead = decode(Table::Head, head)?;
     let mut mvcc = Vec::new();
-    let mut leftovers = VecDeque::new();
+    let mut leftovers = Vec::new();
     let mut bad = None;
     storage.scan(Table::Mvcc, b"", b"", &mut |key, mut value| {
         let reason = match revision(key) {
             None => "its key is no revision",
             Some(revision) if revision.main > head.revision => {
-                leftovers.push_back(revision);
+                leftovers.push(revision);
                 return ControlFlow::Continue(());
             }
             Some(_) if value.is_empty() => "it is empty",
@@ -170,9 +198,8 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     if let Some(bad) = bad {
         return Err(bad);
     }
-    while !leftovers.is_empty() {
-        delete(storage, &mut leftovers)?;
-    }
+    let mut leftovers = leftovers.into_iter();
+    while delete(storage, &mut leftovers)? > 0 {}
     let store = Store::restore(mvcc, head.revision, head.compact_revision)
         .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;

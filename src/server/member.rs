@@ -22,7 +22,7 @@ use crate::pb::etcdserverpb::ResponseHeader;
 use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{AutoCompactor, Retention};
-use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer};
+use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer, Removed};
 use crate::runtime::fault::{Fatal, Fault};
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
@@ -173,7 +173,7 @@ impl Member {
                 Place::Memory => None,
             },
             reopen: false,
-            removed: VecDeque::new(),
+            removed: Removed::default(),
             catch_up_entries: catch_up,
             snapshots,
             fault: fault.clone(),
@@ -328,7 +328,7 @@ fn limits(config: &Config) -> Limits {
         quota_bytes: config.quota_bytes(),
         heartbeat: config.heartbeat(),
         election_timeout: config.election(),
-        warning_unary_request_duration: config.warning_unary_request_duration,
+        warning_unary_request_duration: config.slow_request(),
     }
 }
 

@@ -2,20 +2,25 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc;
 
+use bytes::Bytes;
+
 use super::*;
-use crate::pb::etcdserverpb::{LeaseGrantRequest, LeaseRevokeRequest, PutRequest};
+use crate::pb::etcdserverpb::{
+    CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, LeaseRevokeRequest, PutRequest,
+};
 use crate::pb::kvorumpb::{Command, command::Request};
 use crate::state::Effects;
 use crate::state::members::Members;
-use crate::storage::{MemoryGenerations, MemoryStorage};
+use crate::storage::{
+    Batch, FaultyDisk, FaultyStorage, MemoryGenerations, MemoryStorage, Table, Visit,
+};
 
 /// No checkpoint can be begun: the disk is full.
 struct FullDisk;
 
 impl Generations for FullDisk {
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        let source = io::Error::from(io::ErrorKind::StorageFull);
-        Err(StorageError::Io { dir: PathBuf::from("(full)"), action: "write", source })
+        Err(full())
     }
 
     fn switch(&mut self) -> Result<(), StorageError> {
@@ -27,6 +32,11 @@ impl Generations for FullDisk {
     }
 
     fn discard(&mut self) {}
+}
+
+fn full() -> StorageError {
+    let source = io::Error::from(io::ErrorKind::StorageFull);
+    StorageError::Io { dir: PathBuf::from("(full)"), action: "write", source }
 }
 
 /// A checkpoint thread that is not running, with what it is told through and tells.
@@ -56,7 +66,7 @@ impl Bench {
             directory: None,
             shortage: Arc::default(),
             reopen: false,
-            removed: VecDeque::new(),
+            removed: Removed::default(),
             catch_up_entries: 0,
             snapshots: VecDeque::new(),
             fault: Fault::default(),
@@ -146,4 +156,106 @@ fn a_cut_older_than_a_rewrite_is_not_written() {
     let restored = StateMachine::restore(records::recover(storage).expect("a checkpoint"));
     assert_eq!(restored.applied(), Mark { index: 3, term: 1 });
     assert_eq!(restored.hash(), bench.thread.state.read().hash());
+}
+
+/// A store that fails because its disk is full, and may be opened anew.
+struct Filling(FaultyStorage);
+
+impl Storage for Filling {
+    fn write(&mut self, batch: Batch) -> Result<(), StorageError> {
+        self.0.write(batch).map_err(|_| full())
+    }
+
+    fn sync(&mut self) -> Result<(), StorageError> {
+        self.0.sync().map_err(|_| full())
+    }
+
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        self.0.get(table, key)
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        visit: &mut Visit<'_>,
+    ) -> Result<(), StorageError> {
+        self.0.scan(table, from, to, visit)
+    }
+
+    fn may_be_reopened(&mut self) -> bool {
+        true
+    }
+
+    fn size_on_disk(&self) -> Result<u64, StorageError> {
+        self.0.size_on_disk()
+    }
+}
+
+/// What is opened anew has lost everything that was not synced.
+struct LosingGenerations(FaultyDisk);
+
+impl Generations for LosingGenerations {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        Err(full())
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.0.power_cut(0);
+        Ok(Box::new(Filling(self.0.open())))
+    }
+
+    fn discard(&mut self) {}
+}
+
+/// Deletions are not synced by themselves. When a store that ran into the end of its disk is
+/// opened anew it may have what was deleted, and without its tombstone, which goes later, a
+/// version would bring its key back.
+#[test]
+fn what_a_full_disk_undeletes_is_deleted_again() {
+    let disk = FaultyDisk::new();
+    let storage = Some(Box::new(Filling(disk.open())) as Box<dyn Storage>);
+    let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
+    let compact = |bench: &Bench, index, revision| {
+        let request = CompactionRequest { revision, physical: false };
+        bench.apply(index, Request::Compaction(request));
+        while !bench.thread.state.write().compact_step(i64::MAX, 10) {}
+    };
+    let waiting = |bench: &Bench| WaitingCut {
+        cut: bench.cut(),
+        reason: CutReason::Dirty,
+        since: Instant::now(),
+    };
+
+    bench.apply(1, put("k", 0));
+    bench.apply(2, put("k", 0));
+    bench.apply(3, put("other", 0));
+    let cut = waiting(&bench);
+    assert!(bench.thread.write(&cut).unwrap());
+    compact(&bench, 4, 4);
+    let cut = waiting(&bench);
+    assert!(bench.thread.write(&cut).unwrap());
+    assert_eq!(disk.unsynced_writes(), 1, "the first version of k is deleted, not durably");
+
+    disk.fail_write_after(0);
+    bench.apply(5, put("other", 0));
+    let cut = waiting(&bench);
+    assert!(!bench.thread.write(&cut).unwrap(), "the disk is full");
+    assert!(bench.thread.write(&cut).unwrap(), "there is space again");
+
+    let delete = DeleteRangeRequest { key: "k".into(), ..DeleteRangeRequest::default() };
+    bench.apply(6, Request::DeleteRange(delete));
+    bench.apply(7, put("other", 0));
+    compact(&bench, 8, 7);
+    let cut = waiting(&bench);
+    assert!(bench.thread.write(&cut).unwrap());
+    let storage = bench.thread.storage.as_deref_mut().expect("a store");
+    let restored = StateMachine::restore(records::recover(storage).expect("a checkpoint"));
+    assert_eq!(restored.hash(), bench.thread.state.read().hash());
+    assert_eq!(restored.store().keys_total(), 1, "k was deleted");
 }
