@@ -1,8 +1,8 @@
 //! Watches the disks' free space.
 //!
 //! A log that cannot be written stops the member, so writes are refused before that:
-//! when less than [`RESERVE_BYTES`] are free, puts are answered as if the quota were
-//! used up. Deletes, compaction and reads go on, and once there is space again so do
+//! when less is free than [`RESERVE_BYTES`] and what the checkpoint is about to take, puts
+//! are answered as if the quota were used up, until a quarter more is free. Deletes, compaction and reads go on, and once there is space again so do
 //! writes; nobody has to restart or disarm anything.
 //!
 //! The same holds while the checkpoint waits for space ([`super::checkpoint_thread`]).

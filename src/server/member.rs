@@ -364,3 +364,17 @@ fn retention(config: &Config) -> Option<Retention> {
         AutoCompaction::Revision(kept) => Some(Retention::Revisions(kept)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn no_time_after_which_a_request_is_slow_means_the_usual_one() {
+        let config = Config { warning_unary_request_duration: Duration::ZERO, ..Config::default() };
+        let slow = limits(&config).warning_unary_request_duration;
+        assert_eq!(slow, Duration::from_millis(300));
+    }
+}
