@@ -43,6 +43,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("protobuf", &["raft"]),
     ("slog", &["raft"]),
     ("sled", &["storage"]),
+    ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),
     ("tonic", &["api", "server", "metrics", "pb"]),

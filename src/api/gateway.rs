@@ -24,6 +24,7 @@
 mod stream;
 #[cfg(test)]
 mod tests;
+mod unique;
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -47,11 +48,13 @@ use prost_reflect::{
     DescriptorError, DescriptorPool, DeserializeOptions, DynamicMessage, MessageDescriptor,
     SerializeOptions,
 };
+use serde::de::DeserializeSeed as _;
 use tonic::{Code, Status};
 use tower::Service as _;
 
 use super::listener::Connection;
 use stream::{Deframer, JsonObjects, Lines, Requests};
+use unique::Unique;
 
 /// Replies above this size are turned into JSON off the threads that serve requests.
 const OFFLOAD_BYTES: usize = 256 * 1024;
@@ -291,10 +294,13 @@ async fn first_message(
 }
 
 fn to_proto(input: &MessageDescriptor, json: &[u8]) -> Result<Bytes, Status> {
+    let invalid = |error| Status::invalid_argument(format!("proto: {error}"));
+    let unique = Unique { message: Some(input.clone()) };
+    unique.deserialize(&mut serde_json::Deserializer::from_slice(json)).map_err(invalid)?;
     let options = DeserializeOptions::new().deny_unknown_fields(false);
     let mut json = serde_json::Deserializer::from_slice(json);
     let message = DynamicMessage::deserialize_with_options(input.clone(), &mut json, &options)
-        .map_err(|error| Status::invalid_argument(format!("proto: {error}")))?;
+        .map_err(invalid)?;
     Ok(message.encode_to_vec().into())
 }
 

@@ -52,12 +52,6 @@ pub(crate) const JSON_ERROR_TEXT: Accepted = Accepted {
              and another text: it comes from the JSON library.",
 };
 
-/// What the JSON library takes.
-pub(crate) const JSON_NAME_TWICE: Accepted = Accepted {
-    name: "json-name-twice",
-    reason: "The gateway takes the last of two fields of one name; etcd refuses the body.",
-};
-
 /// Comes later.
 pub(crate) const NO_AUTHENTICATION: Accepted = Accepted {
     name: "authentication",
@@ -72,6 +66,5 @@ pub(crate) const ACCEPTED: &[&Accepted] = &[
     &HASH_KV_AFTER_RESTART,
     &DECODE_ERROR_TEXT,
     &JSON_ERROR_TEXT,
-    &JSON_NAME_TWICE,
     &NO_AUTHENTICATION,
 ];

@@ -292,6 +292,8 @@ async fn bad_json_is_an_invalid_argument() {
         r#"{"limit":"x"}"#,
         r#"{"limit":99999999999999999999}"#,
         r#"{"keys_only":"true"}"#,
+        r#"{"key":"YQ==","key":"YQ=="}"#,
+        r#"{"range_end":"YQ==","rangeEnd":"YQ=="}"#,
         r#"{"key":"Zm9v",}"#,
         "{]",
         "{}}}",
