@@ -307,7 +307,8 @@ flags! {
         /// How much history to keep. 0 means all of it; see `--auto-compaction-mode`.
         "auto-compaction-retention" auto_compaction_retention: String = "0".to_owned(), Same, Works;
         /// How `--auto-compaction-retention` is read: 'periodic' as a duration (a bare number is
-        /// hours), 'revision' as a number of revisions.
+        /// hours), 'revision' as a number of revisions (not a duration, of which etcd makes that many
+        /// nanoseconds of revisions and so never compacts).
         "auto-compaction-mode" auto_compaction_mode: AutoCompactionMode = AutoCompactionMode::Periodic, Same, Works;
         /// DNS domain whose SRV records name the members.
         "discovery-srv" discovery_srv: String = String::new(), Same, Refused(NO_DISCOVERY);
