@@ -92,6 +92,28 @@ pub struct RaftThread {
     pub term_index: Option<u64>,
 }
 
+/// Tells the others, when it is dropped, that this thread has come to its end: also when
+/// the raft crate panics, as it does where it finds that it contradicts itself. Else they
+/// would wait for ever, and reads would go on as if this member still led.
+struct End {
+    log: Sender<LogTask>,
+    apply: Sender<ApplyTask>,
+    published: Arc<Published>,
+    waiters: Arc<Waiters>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.published.set_stopped();
+        let _ = self.log.send(LogTask::Stop);
+        // Who asked and has no answer gets one from the apply thread when that has come to
+        // its end, or here when it has already.
+        if self.apply.send(ApplyTask::Stop).is_err() {
+            self.waiters.fail_all(&Error::Stopped);
+        }
+    }
+}
+
 /// A round of ReadIndex that is under way.
 struct Round {
     context: u64,
@@ -101,17 +123,18 @@ struct Round {
 
 impl RaftThread {
     /// Runs until told to stop. The only voter stands for election at once.
-    pub fn run(mut self) {
-        if let Err(error) = self.run_until_stopped() {
-            self.fault.raise("raft", error);
-        }
-        // From here on nobody can ask anything. Who asked before and has no answer gets one
-        // from the apply thread when that has come to its end.
-        drop(self.mailbox);
-        self.published.set_stopped();
-        let _ = self.log.send(LogTask::Stop);
-        if self.apply.send(ApplyTask::Stop).is_err() {
-            self.waiters.fail_all(&Error::Stopped);
+    pub fn run(self) {
+        // What is declared later is dropped earlier: first the thread with its mailbox, and
+        // when nobody can ask anything any more, the others are told.
+        let _end = End {
+            log: self.log.clone(),
+            apply: self.apply.clone(),
+            published: Arc::clone(&self.published),
+            waiters: Arc::clone(&self.waiters),
+        };
+        let mut thread = self;
+        if let Err(error) = thread.run_until_stopped() {
+            thread.fault.raise("raft", error);
         }
     }
 
