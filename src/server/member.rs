@@ -220,7 +220,6 @@ impl Member {
             fault: fault.clone(),
             tick: limits.heartbeat,
             member: identity.member_id,
-            term_index: None,
         };
         threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
