@@ -296,5 +296,4 @@ impl Intervals {
 }
 
 #[cfg(test)]
-#[path = "check_tests.rs"]
 mod tests;
