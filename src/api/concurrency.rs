@@ -21,7 +21,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::task::JoinHandle;
 
-use crate::engine::Engine;
+use crate::engine::{Engine, WatchStream};
 use crate::error::Error;
 use crate::pb::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::pb::etcdserverpb::range_request::{SortOrder, SortTarget};
@@ -35,7 +35,6 @@ use crate::pb::etcdserverpb::{
     WatchResponse,
 };
 use crate::pb::mvccpb;
-use crate::runtime::watch_hub::WatchStream;
 
 /// TTL of the lease a session gets when its client brings none, in seconds. Nobody
 /// renews that lease, so what it holds is released after this time at the latest.

@@ -1,8 +1,8 @@
 //! The Lease service.
 //!
-//! Two of etcd's habits live here: a lease that does not exist is an answer and
-//! not an error for `LeaseKeepAlive` (TTL 0) and `LeaseTimeToLive` (TTL -1), and
-//! a keepalive stream answers its requests one by one, in order.
+//! One of etcd's habits lives here: a keepalive stream answers its requests one by one,
+//! in order, and the first that is refused ends it. That a lease which does not exist is
+//! an answer and not an error (a TTL of 0 or -1) is the engine's doing.
 
 use std::pin::Pin;
 
@@ -12,7 +12,6 @@ use tonic::{Request, Response, Status, Streaming};
 use super::status::status;
 use super::until_stopped::UntilStopped;
 use crate::engine::Engine;
-use crate::error::Error;
 use crate::pb::etcdserverpb::{
     LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
     LeaseLeasesRequest, LeaseLeasesResponse, LeaseRevokeRequest, LeaseRevokeResponse,
@@ -56,7 +55,7 @@ impl lease_server::Lease for Lease {
         let stopping = engine.stopping();
         let answers = request.into_inner().then(move |request| {
             let engine = engine.clone();
-            async move { keep_alive(&engine, request?.id).await.map_err(status) }
+            async move { engine.lease_keep_alive(request?.id).await.map_err(status) }
         });
         Ok(Response::new(UntilStopped::new(Box::pin(answers), stopping)))
     }
@@ -65,18 +64,11 @@ impl lease_server::Lease for Lease {
         &self,
         request: Request<LeaseTimeToLiveRequest>,
     ) -> Result<Response<LeaseTimeToLiveResponse>, Status> {
-        let request = request.into_inner();
-        let id = request.id;
-        match self.engine.lease_time_to_live(request).await {
-            Ok(response) => Ok(Response::new(response)),
-            Err(Error::LeaseNotFound) => Ok(Response::new(LeaseTimeToLiveResponse {
-                header: Some(self.engine.header()),
-                id,
-                ttl: -1,
-                ..LeaseTimeToLiveResponse::default()
-            })),
-            Err(error) => Err(status(error)),
-        }
+        self.engine
+            .lease_time_to_live(request.into_inner())
+            .await
+            .map(Response::new)
+            .map_err(status)
     }
 
     async fn lease_leases(
@@ -84,15 +76,5 @@ impl lease_server::Lease for Lease {
         request: Request<LeaseLeasesRequest>,
     ) -> Result<Response<LeaseLeasesResponse>, Status> {
         self.engine.lease_leases(request.into_inner()).await.map(Response::new).map_err(status)
-    }
-}
-
-/// One keepalive. A lease that is gone has TTL 0: that is how a client learns it.
-async fn keep_alive(engine: &Engine, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
-    match engine.lease_keep_alive(id).await {
-        Err(Error::LeaseNotFound) => {
-            Ok(LeaseKeepAliveResponse { header: Some(engine.header()), id, ttl: 0 })
-        }
-        answer => answer,
     }
 }

@@ -20,10 +20,9 @@ use tokio_stream::{Stream, StreamExt as _};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::status::status;
-use crate::engine::Engine;
+use crate::engine::{self, Engine, WatchStream};
 use crate::error::Error;
 use crate::pb::etcdserverpb::{WatchRequest, WatchResponse, watch_server};
-use crate::runtime::watch_hub::{self, WatchStream};
 
 pub(super) struct Watch {
     engine: Engine,
@@ -50,7 +49,7 @@ impl watch_server::Watch for Watch {
 
 /// One client's watch stream, the sending half.
 pub(super) struct Responses {
-    responses: watch_hub::Responses,
+    responses: engine::Responses,
     /// Why reading requests failed; `None` once reading has ended well.
     failure: Option<oneshot::Receiver<Status>>,
     pump: JoinHandle<()>,
@@ -95,7 +94,7 @@ impl Stream for Responses {
 }
 
 /// Hands a client's requests on until it has no more.
-async fn pump<S>(mut inbound: S, requests: watch_hub::Requests, failed: oneshot::Sender<Status>)
+async fn pump<S>(mut inbound: S, requests: engine::Requests, failed: oneshot::Sender<Status>)
 where
     S: Stream<Item = Result<WatchRequest, Status>> + Unpin,
 {

@@ -183,12 +183,6 @@ impl Config {
         }
     }
 
-    /// Whether a client over TLS must show a certificate: as in etcd, naming a CA is
-    /// enough to require one.
-    pub fn requires_client_certificate(&self) -> bool {
-        self.client_cert_auth || self.trusted_ca_file.is_some()
-    }
-
     /// Whether clients are served with a certificate from files.
     pub fn has_client_certificate(&self) -> bool {
         self.cert_file.is_some() || self.key_file.is_some()

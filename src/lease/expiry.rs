@@ -103,11 +103,6 @@ impl Expiry {
         self.by_checkpoint.clear();
     }
 
-    /// Whether this member leads.
-    pub fn is_primary(&self) -> bool {
-        self.primary
-    }
-
     /// Starts a lease's time: what is left of it as committed, or all of it, and
     /// `extend` on top. For a lease just granted, with `extend` zero, and on taking
     /// over. Does nothing unless this member leads, nor for a lease that already has a
@@ -186,12 +181,6 @@ impl Expiry {
             }
         }
         due
-    }
-
-    /// When [`Expiry::expired`] next has something to say; `None` when nothing is
-    /// scheduled.
-    pub fn next_report(&self) -> Option<Duration> {
-        self.by_report.first().map(|(at, _)| *at)
     }
 
     /// Up to `max` leases whose remainder should be committed, with that remainder in

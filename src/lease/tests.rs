@@ -94,7 +94,6 @@ fn what_is_stored_comes_back() {
 fn a_lease_is_due_at_its_deadline_and_again_until_forgotten() {
     let lessor = lessor(&[(7, 10), (8, 5)]);
     let mut expiry = leading(&lessor, NEVER);
-    assert_eq!(expiry.next_report(), Some(secs(5)));
     assert_eq!(expiry.expired(secs(5) - Duration::from_nanos(1), 9), Vec::<i64>::new());
     assert_eq!(expiry.remaining(7, secs(4)), Some(secs(6)));
     assert_eq!(expiry.expired(secs(10), 1), [8]);
@@ -107,7 +106,7 @@ fn a_lease_is_due_at_its_deadline_and_again_until_forgotten() {
     assert_eq!(expiry.renew(8, secs(13)), Renewal::NotFound);
     assert_eq!(expiry.remaining(8, secs(13)), None);
     expiry.forget(7);
-    assert_eq!((expiry.next_report(), expiry.len()), (None, 0));
+    assert_eq!(expiry.len(), 0);
 }
 
 #[test]
@@ -126,7 +125,7 @@ fn only_the_leader_expires_and_renews() {
     let lease = lessor.get(7).unwrap();
     expiry.schedule(lease, secs(0), secs(0));
     assert_eq!(expiry.renew(7, secs(1)), Renewal::NotPrimary);
-    assert!(expiry.is_empty() && !expiry.is_primary());
+    assert!(expiry.is_empty());
 
     expiry.promote();
     assert_eq!(expiry.renew(7, secs(1)), Renewal::NotFound);
@@ -333,7 +332,6 @@ proptest! {
                 }
             }
             prop_assert_eq!(expiry.len(), plain.len());
-            prop_assert_eq!(expiry.next_report(), plain.values().map(|(_, _, report)| *report).min());
             for (id, (_, deadline, _)) in &plain {
                 prop_assert_eq!(expiry.remaining(*id, now), Some(deadline.saturating_sub(now)));
             }

@@ -115,13 +115,6 @@ impl KeyRange {
     pub fn is_empty(&self) -> bool {
         !self.contains(&self.start)
     }
-
-    /// Whether some key can lie in both ranges.
-    pub fn overlaps(&self, other: &KeyRange) -> bool {
-        // Two intervals meet where the later of both starts; it lies in both or nothing does.
-        let start = self.start.as_ref().max(other.start.as_ref());
-        self.contains(start) && other.contains(start)
-    }
 }
 
 /// One version of one key, as readers see it. Tombstones are not versions to a reader.

@@ -551,17 +551,6 @@ proptest! {
         bench.restore();
         check_all(&bench.store, &bench.model, &ranges);
     }
-
-    #[test]
-    fn ranges_overlap_if_they_share_a_key(left in any_range(), right in any_range()) {
-        // Enough keys to fall between any two bounds.
-        let bounds = KEYS.iter().flat_map(|key| [key.to_string(), format!("{key}\0")]);
-        let mut keys = bounds.chain(["".into(), "\0".into(), "\0\0".into()]);
-        let shared = keys.any(|key| left.contains(key.as_bytes()) && right.contains(key.as_bytes()));
-        prop_assert_eq!(left.overlaps(&right), shared);
-        prop_assert_eq!(right.overlaps(&left), shared);
-        prop_assert_eq!(left.overlaps(&left), !left.is_empty());
-    }
 }
 
 // Ranges.

@@ -17,14 +17,6 @@ impl History for StateHistory {
     }
 
     fn changes(&self, from: i64, max_changes: usize, max_bytes: usize) -> Result<Page, Compacted> {
-        let state = self.0.read();
-        let store = state.store();
-        if from < store.compact_revision() {
-            return Err(Compacted { compact_revision: store.compact_revision() });
-        }
-        // The page ends where it is full; an iterator that ended there itself would look
-        // like the end of history.
-        let changes = store.changes(from, usize::MAX);
-        Ok(Page::collect(changes, store.revision(), max_changes, max_bytes))
+        History::changes(self.0.read().store(), from, max_changes, max_bytes)
     }
 }

@@ -6,10 +6,10 @@
 //! leader: it may have been asleep for minutes and not know (etcd #15247).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::watch;
 
 use super::proposer::Proposer;
 use super::published::Published;
@@ -35,22 +35,31 @@ const SCHEDULED_PER_STEP: usize = 10_000;
 /// leases that came or went, by the duty below.
 pub struct LeaseClock {
     began: Instant,
-    expiry: Mutex<Expiry>,
-    /// Whether every lease has a deadline; not so until this member has taken over.
-    complete: AtomicBool,
+    deadlines: Mutex<Deadlines>,
+    /// Tells the keepalives that wait to look again: a lease was forgotten, or this member
+    /// has taken over, or leads no more.
+    changed: watch::Sender<()>,
+    published: Arc<Published>,
 }
 
-impl Default for LeaseClock {
-    fn default() -> LeaseClock {
-        LeaseClock {
-            began: Instant::now(),
-            expiry: Mutex::new(Expiry::new(CHECKPOINT_INTERVAL)),
-            complete: AtomicBool::new(false),
-        }
-    }
+struct Deadlines {
+    expiry: Expiry,
+    /// Whether every lease has a deadline; not so until this member has taken over.
+    complete: bool,
 }
 
 impl LeaseClock {
+    /// No deadlines yet. `published` says whether this member leads.
+    pub fn new(published: Arc<Published>) -> LeaseClock {
+        let deadlines = Deadlines { expiry: Expiry::new(CHECKPOINT_INTERVAL), complete: false };
+        LeaseClock {
+            began: Instant::now(),
+            deadlines: Mutex::new(deadlines),
+            changed: watch::Sender::new(()),
+            published,
+        }
+    }
+
     fn now(&self) -> Duration {
         self.began.elapsed()
     }
@@ -61,76 +70,117 @@ impl LeaseClock {
             return;
         }
         let now = self.now();
-        let mut expiry = self.expiry.lock();
+        let mut forgotten = false;
+        let mut deadlines = self.deadlines.lock();
         for change in changes {
             match *change {
                 LeaseChange::Granted(id) => {
                     if let Some(lease) = lessor.get(id) {
-                        expiry.schedule(lease, now, Duration::ZERO);
+                        deadlines.expiry.schedule(lease, now, Duration::ZERO);
                     }
                 }
-                LeaseChange::Revoked(id) => expiry.forget(id),
+                LeaseChange::Revoked(id) => {
+                    deadlines.expiry.forget(id);
+                    forgotten = true;
+                }
             }
+        }
+        drop(deadlines);
+        if forgotten {
+            self.changed.send_replace(());
         }
     }
 
     /// What is left of a lease, if this member leads.
     pub fn remaining(&self, id: i64) -> Option<Duration> {
-        self.expiry.lock().remaining(id, self.now())
+        self.deadlines.lock().expiry.remaining(id, self.now())
     }
 
     /// This member leads: every lease gets a deadline, `extend` later than it would be.
     fn take_over(&self, state: &RwLock<StateMachine>, extend: Duration) {
-        self.complete.store(false, Ordering::Release);
-        self.expiry.lock().promote();
+        {
+            let mut deadlines = self.deadlines.lock();
+            deadlines.complete = false;
+            deadlines.expiry.promote();
+        }
         let mut after = i64::MIN;
         loop {
             let state = state.read();
             let now = self.now();
-            let mut expiry = self.expiry.lock();
+            let mut deadlines = self.deadlines.lock();
             let mut scheduled = 0;
             for lease in state.lessor().iter_after(after).take(SCHEDULED_PER_STEP) {
-                expiry.schedule(lease, now, extend);
+                deadlines.expiry.schedule(lease, now, extend);
                 after = lease.id();
                 scheduled += 1;
             }
             if scheduled < SCHEDULED_PER_STEP {
+                deadlines.complete = true;
                 break;
             }
         }
-        self.complete.store(true, Ordering::Release);
+        self.changed.send_replace(());
     }
 
     /// This member leads no more.
     fn demote(&self) {
-        self.complete.store(false, Ordering::Release);
-        self.expiry.lock().demote();
+        let mut deadlines = self.deadlines.lock();
+        deadlines.complete = false;
+        deadlines.expiry.demote();
+        drop(deadlines);
+        self.changed.send_replace(());
     }
 
     /// A keepalive: the lease's time begins anew. The TTL in seconds; 0 when there is
-    /// no such lease or its time is up already.
+    /// no such lease.
+    ///
+    /// A lease whose time is up lives until its end is committed, and so does one that this
+    /// member has yet to take over: both are waited for, as in etcd. An answer of 0 would
+    /// tell a client that its keys are gone while others still read them.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] when this member does not lead, or has yet to take over the
-    /// lease: it lives, so the answer must not be 0.
+    /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
+    /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
+        let deadline = tokio::time::Instant::now() + proposer.request_timeout();
         loop {
-            let complete = self.complete.load(Ordering::Acquire);
-            let renewal = self.expiry.lock().renew(id, self.now());
+            // Before it looks, so that it misses nothing that happens after.
+            let changed = self.changed.subscribe();
+            let (renewal, complete) = {
+                let mut deadlines = self.deadlines.lock();
+                (deadlines.expiry.renew(id, self.now()), deadlines.complete)
+            };
             match renewal {
-                Renewal::NotFound if !complete => return Err(Error::NoLeader),
                 Renewal::Renewed { ttl_secs } => return Ok(ttl_secs),
-                Renewal::NotFound | Renewal::Expired => return Ok(0),
-                Renewal::NotPrimary => return Err(Error::NoLeader),
+                Renewal::NotFound if complete => return Ok(0),
+                Renewal::NotFound | Renewal::NotPrimary | Renewal::Expired => {
+                    self.wait(changed, deadline).await?;
+                }
                 Renewal::CommitFirst { token } => {
                     // The log says that little is left. A later leader must not
                     // believe that once this keepalive is acknowledged.
                     let whole = LeaseCheckpoint { id, remaining_ttl: 0 };
                     let request = LeaseCheckpointRequest { checkpoints: vec![whole] };
                     proposer.propose(Request::LeaseCheckpoint(request)).await?;
-                    self.expiry.lock().renewal_committed(id, token);
+                    self.deadlines.lock().expiry.renewal_committed(id, token);
                 }
             }
+        }
+    }
+
+    /// Waits for a change, while this member leads.
+    async fn wait(
+        &self,
+        mut changed: watch::Receiver<()>,
+        deadline: tokio::time::Instant,
+    ) -> Result<(), Error> {
+        let mut role = self.published.role.subscribe();
+        let mut stopped = self.published.stopped.subscribe();
+        tokio::select! {
+            seen = changed.changed() => seen.map_err(|_| Error::Stopped),
+            _ = role.wait_for(|role| !role.is_leader) => Err(Error::NoLeader),
+            _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
+            () = tokio::time::sleep_until(deadline) => Err(Error::Timeout),
         }
     }
 }
@@ -188,7 +238,7 @@ impl LeaseDuty {
         loop {
             let ids = {
                 let now = self.clock.now();
-                self.clock.expiry.lock().expired(now, EXPIRED_PER_ENTRY)
+                self.clock.deadlines.lock().expiry.expired(now, EXPIRED_PER_ENTRY)
             };
             if ids.is_empty() {
                 return;
@@ -215,7 +265,7 @@ impl LeaseDuty {
     async fn checkpoint(&self) {
         let due = {
             let now = self.clock.now();
-            self.clock.expiry.lock().due_checkpoints(now, CHECKPOINTS_PER_ENTRY)
+            self.clock.deadlines.lock().expiry.due_checkpoints(now, CHECKPOINTS_PER_ENTRY)
         };
         if due.is_empty() {
             return;
@@ -228,3 +278,6 @@ impl LeaseDuty {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -88,8 +88,28 @@ pub struct RaftThread {
     pub tick: Duration,
     /// This member's id, for the log.
     pub member: u64,
-    /// While this member leads: an index whose entry is of its term and committed.
-    pub term_index: Option<u64>,
+}
+
+/// Tells the others, when it is dropped, that this thread has come to its end: also when
+/// the raft crate panics, as it does where it finds that it contradicts itself. Else they
+/// would wait for ever, and reads would go on as if this member still led.
+struct End {
+    log: Sender<LogTask>,
+    apply: Sender<ApplyTask>,
+    published: Arc<Published>,
+    waiters: Arc<Waiters>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.published.set_stopped();
+        let _ = self.log.send(LogTask::Stop);
+        // Who asked and has no answer gets one from the apply thread when that has come to
+        // its end, or here when it has already.
+        if self.apply.send(ApplyTask::Stop).is_err() {
+            self.waiters.fail_all(&Error::Stopped);
+        }
+    }
 }
 
 /// A round of ReadIndex that is under way.
@@ -101,17 +121,18 @@ struct Round {
 
 impl RaftThread {
     /// Runs until told to stop. The only voter stands for election at once.
-    pub fn run(mut self) {
-        if let Err(error) = self.run_until_stopped() {
-            self.fault.raise("raft", error);
-        }
-        // From here on nobody can ask anything. Who asked before and has no answer gets one
-        // from the apply thread when that has come to its end.
-        drop(self.mailbox);
-        self.published.set_stopped();
-        let _ = self.log.send(LogTask::Stop);
-        if self.apply.send(ApplyTask::Stop).is_err() {
-            self.waiters.fail_all(&Error::Stopped);
+    pub fn run(self) {
+        // What is declared later is dropped earlier: first the thread with its mailbox, and
+        // when nobody can ask anything any more, the others are told.
+        let _end = End {
+            log: self.log.clone(),
+            apply: self.apply.clone(),
+            published: Arc::clone(&self.published),
+            waiters: Arc::clone(&self.waiters),
+        };
+        let mut thread = self;
+        if let Err(error) = thread.run_until_stopped() {
+            thread.fault.raise("raft", error);
         }
     }
 
@@ -165,7 +186,7 @@ impl RaftThread {
             RaftInput::Persisted(number) => self.node.persisted(number),
             RaftInput::Applied(index) => {
                 self.node.applied(index);
-                self.leads_alone(index);
+                self.leads_alone(index, reads);
             }
             RaftInput::Stop => {}
         }
@@ -179,6 +200,7 @@ impl RaftThread {
             let Effects { role, append, committed, reads: confirmed } = effects;
             if let Some(role) = role {
                 self.publish_role(role);
+                reads.term_index = None;
                 reads.start_over();
             }
             if let Some(append) = append {
@@ -194,7 +216,7 @@ impl RaftThread {
                 // Only an entry of its own term tells a leader that all it holds
                 // is committed (raft paper, 5.4.2).
                 if role.is_leader && term == role.term {
-                    self.term_index.get_or_insert(index);
+                    reads.term_index.get_or_insert(index);
                 }
             }
             for read in confirmed {
@@ -206,17 +228,16 @@ impl RaftThread {
 
     /// Everything up to `applied` is applied. A lone leader need ask nobody before it
     /// reads once that includes all that was committed before its term.
-    fn leads_alone(&self, applied: u64) {
+    fn leads_alone(&self, applied: u64, reads: &Reads) {
         if !self.published.is_lone_leader()
-            && self.term_index.is_some_and(|index| index <= applied)
+            && reads.term_index.is_some_and(|index| index <= applied)
             && self.node.is_only_voter()
         {
             self.published.set_lone_leader(true);
         }
     }
 
-    fn publish_role(&mut self, role: Role) {
-        self.term_index = None;
+    fn publish_role(&self, role: Role) {
         self.published.set_lone_leader(false);
         let before = self.published.role.send_replace(role);
         self.metrics.server_has_leader.set(i64::from(role.leader != 0));
@@ -238,9 +259,11 @@ impl RaftThread {
     }
 }
 
-/// Reads that wait for an index.
+/// Reads that wait for an index, and from when on none need wait.
 #[derive(Default)]
 struct Reads {
+    /// While this member leads: an index whose entry is of its term and committed.
+    term_index: Option<u64>,
     /// Not asked for yet.
     queue: Vec<oneshot::Sender<u64>>,
     round: Option<Round>,

@@ -77,7 +77,7 @@ impl Member {
         published.set_size(state.read().store().size_bytes());
         published.set_checkpoint_bytes(storage.size_on_disk().map_err(OpenError::from)?);
         let waiters = Arc::new(Waiters::new(identity.member_id, getrandom::u64()?));
-        let leases = Arc::new(LeaseClock::default());
+        let leases = Arc::new(LeaseClock::new(Arc::clone(&published)));
         let pins = Arc::new(Pins::default());
         let (raft_sender, raft_mailbox) = mpsc::channel();
         let (log_sender, log_tasks) = mpsc::channel();
@@ -220,7 +220,6 @@ impl Member {
             fault: fault.clone(),
             tick: limits.heartbeat,
             member: identity.member_id,
-            term_index: None,
         };
         threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 

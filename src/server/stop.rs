@@ -159,7 +159,17 @@ impl Drop for PanicGuard {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use tokio::time::timeout;
+
+    use super::super::member::Member;
     use super::*;
+    use crate::config::Config;
+    use crate::pb::etcdserverpb::RangeRequest;
+
+    /// Far more than a shutdown takes; a limit for one that hangs.
+    const PATIENCE: Duration = Duration::from_secs(20);
 
     #[test]
     fn a_thread_that_panics_is_a_fatal_error_and_one_that_ends_is_not() {
@@ -169,5 +179,29 @@ mod tests {
         spawn("test", &fault, || panic!("on purpose")).unwrap().join().unwrap_err();
         let fatal = fault.get().unwrap().to_string();
         assert!(fatal.starts_with("test: ") && fatal.contains("panicked"), "{fatal}");
+    }
+
+    #[test]
+    fn a_panic_of_the_raft_thread_is_reported_and_does_not_keep_a_server_from_stopping() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (fatal, answer, finished) = runtime.block_on(async {
+            let config = Config::in_memory();
+            let member = Member::start(&config).await.unwrap();
+            member.ready(&config, Vec::new()).await.unwrap();
+            // Nobody has committed that much, so the raft crate panics.
+            let too_far = RaftInput::Applied(u64::MAX);
+            member.stop.threads.as_ref().unwrap().raft.send(too_far).unwrap();
+            let fatal = timeout(PATIENCE, member.fault.wait()).await;
+            let answer =
+                member.engine.range(RangeRequest { key: "key".into(), ..Default::default() });
+            let answer = timeout(PATIENCE, answer).await;
+            (fatal, answer, timeout(PATIENCE, member.stop.finish()).await)
+        });
+        // Were it dropped, it would wait for the threads that hang.
+        runtime.shutdown_background();
+        let fatal = fatal.unwrap().to_string();
+        assert!(fatal.starts_with("raft: ") && fatal.contains("panicked"), "{fatal}");
+        assert_eq!(answer.unwrap().unwrap_err(), Error::Stopped, "nobody leads any more");
+        assert!(finished.is_ok(), "a thread did not end");
     }
 }

@@ -34,7 +34,7 @@ use crate::error::Error;
 use crate::pb::etcdserverpb::range_request::{SortOrder, SortTarget};
 use crate::pb::etcdserverpb::request_op::Request;
 use crate::pb::etcdserverpb::{
-    CompactionRequest, DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
+    DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
 };
 
 /// What a stored key costs beyond its key and value, in bytes, in the eyes of the quota.
@@ -94,21 +94,6 @@ pub fn check_txn(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
     check_txn_ops(request, max_ops)?;
     branch_changes(&request.success)?;
     branch_changes(&request.failure)?;
-    Ok(())
-}
-
-/// Checks a compaction against the revisions of the store at this moment.
-pub fn check_compaction(
-    request: &CompactionRequest,
-    current_revision: i64,
-    compact_revision: i64,
-) -> Result<(), Error> {
-    if request.revision <= compact_revision {
-        return Err(Error::Compacted);
-    }
-    if request.revision > current_revision {
-        return Err(Error::FutureRevision);
-    }
     Ok(())
 }
 
@@ -311,5 +296,4 @@ impl Intervals {
 }
 
 #[cfg(test)]
-#[path = "check_tests.rs"]
 mod tests;

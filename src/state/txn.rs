@@ -798,5 +798,4 @@ fn without_value(kv: &Bytes) -> Bytes {
 }
 
 #[cfg(test)]
-#[path = "txn_tests.rs"]
 mod tests;

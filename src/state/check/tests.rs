@@ -191,19 +191,6 @@ fn a_branch_changes_a_key_once() {
 }
 
 #[test]
-fn a_compaction_lies_between_the_last_one_and_now() {
-    let check = |revision, current, compacted| {
-        let request = CompactionRequest { revision, physical: false };
-        check_compaction(&request, current, compacted)
-    };
-    assert_eq!(check(0, 1, -1), Ok(()));
-    assert_eq!(check(0, 1, 0), Err(Error::Compacted));
-    assert_eq!(check(5, 9, 5), Err(Error::Compacted));
-    assert_eq!(check(9, 9, 5), Ok(()));
-    assert_eq!(check(10, 9, 5), Err(Error::FutureRevision));
-}
-
-#[test]
 fn transactions_are_told_apart_for_reading() {
     let serializable = || {
         range_with(RangeRequest { key: bytes("k"), serializable: true, ..RangeRequest::default() })
