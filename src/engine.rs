@@ -322,17 +322,35 @@ impl Engine {
     }
 
     /// Gives up the history before a revision. With `physical` it is answered once
-    /// what was given up is removed from memory.
+    /// what was given up is removed from memory, however long that takes: as in etcd, the
+    /// request timeout ends when the cluster has answered.
     ///
     /// # Errors
-    /// [`Error::Compacted`], [`Error::FutureRevision`].
+    /// [`Error::Compacted`], [`Error::FutureRevision`]; with `physical`, [`Error::Stopped`]
+    /// for a compaction that is in force.
     pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse, Error> {
         match self.parts.proposer.propose(Request::Compaction(request)).await? {
             Response::Compact(mut response) => {
                 self.complete(&mut response.header);
+                if request.physical {
+                    self.wait_until_removed(request.revision).await?;
+                }
                 Ok(response)
             }
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Waits until nothing is left of what compaction to `revision` gave up.
+    async fn wait_until_removed(&self, revision: i64) -> Result<(), Error> {
+        let mut removed_below = self.parts.published.removed_below.subscribe();
+        let mut stopping = self.stopping();
+        tokio::select! {
+            removed = removed_below.wait_for(|below| *below >= revision) => {
+                removed.map(drop).map_err(|_| Error::Stopped)
+            }
+            // A sender that is gone has stopped, too.
+            _ = stopping.wait_for(|stopping| *stopping) => Err(Error::Stopped),
         }
     }
 

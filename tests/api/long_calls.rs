@@ -1,0 +1,66 @@
+//! Calls that take long: others have their turn meanwhile, nobody waits longer or shorter
+//! than with etcd, and who gives up leaves nothing behind.
+
+use kvorum::pb::etcdserverpb::{CompactionRequest, RangeRequest, TxnRequest};
+use kvorum::{Config, Error};
+
+use crate::rig::*;
+
+/// Keys in one transaction, at most.
+const MANY: usize = 10_000;
+
+async fn start_for_many() -> Rig {
+    start_with(Config { max_txn_ops: MANY as u64, ..Config::in_memory() }).await
+}
+
+/// Puts keys that begin with `prefix`, all in one revision.
+async fn put_many(rig: &Rig, prefix: &str, count: usize) {
+    let success = (0..count).map(|number| put_op(&format!("{prefix}{number:06}"), "v")).collect();
+    let request = TxnRequest { success, ..TxnRequest::default() };
+    rig.server.engine().txn(request).await.unwrap();
+}
+
+/// Begins a physical compaction that cannot end, because of a stream that nobody reads.
+/// Returns once the cluster has answered it.
+async fn stuck_compaction(
+    rig: &Rig,
+) -> (impl Sized + use<>, tokio::task::JoinHandle<Result<(), Error>>) {
+    let engine = rig.server.engine().clone();
+    put_many(rig, "k", 1000).await;
+    let stream = engine.range_stream(list_request("k")).await.unwrap();
+    rig.put("k000000", "w").await;
+    let revision = rig.put("k000000", "x").await;
+    let compaction = tokio::spawn({
+        let engine = engine.clone();
+        let request = CompactionRequest { revision, physical: true };
+        async move { engine.compact(request).await.map(drop) }
+    });
+    let old = RangeRequest { revision: 2, ..get_request("k000000") };
+    until("the compaction to be in force", async || {
+        (engine.range(old.clone()).await == Err(Error::Compacted)).then_some(())
+    })
+    .await;
+    until("the cluster's answer", async || {
+        (engine.metrics().server_proposals_pending.get() == 0).then_some(())
+    })
+    .await;
+    assert!(!compaction.is_finished(), "a reader needs what is to be removed");
+    (stream, compaction)
+}
+
+#[tokio::test]
+async fn a_physical_compaction_waits_for_readers_and_not_as_a_proposal() {
+    let rig = start_for_many().await;
+    let (stream, compaction) = stuck_compaction(&rig).await;
+    drop(stream);
+    assert_eq!(soon("the compaction", compaction).await.unwrap(), Ok(()));
+    assert_eq!(rig.server.engine().metrics().server_proposals_failed_total.get(), 0);
+}
+
+#[tokio::test]
+async fn a_physical_compaction_ends_with_the_server() {
+    let rig = start_for_many().await;
+    let (_stream, compaction) = stuck_compaction(&rig).await;
+    soon("the server to stop", rig.server.shutdown()).await.unwrap();
+    assert_eq!(soon("the compaction", compaction).await.unwrap(), Err(Error::Stopped));
+}
