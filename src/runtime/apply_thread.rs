@@ -228,6 +228,9 @@ impl ApplyThread {
             let changes_before = effects.changes.len();
             let outcome = state.apply(entry, command, &mut effects);
             let changed = effects.changes.len() - changes_before;
+            if entry.index <= self.recovered_index {
+                effects.compactions.clear();
+            }
             let now = began.elapsed();
             let took = now.saturating_sub(held);
             held = now;
@@ -240,12 +243,10 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_bytes());
-        if last.index > self.recovered_index {
-            for hash in std::mem::take(&mut effects.compactions) {
-                // Pinned before anything it reads can be removed.
-                let pin = self.pins.pin(hash.floor());
-                self.hashes.push(HashJob { hash, pin });
-            }
+        for hash in std::mem::take(&mut effects.compactions) {
+            // Pinned before anything it reads can be removed.
+            let pin = self.pins.pin(hash.floor());
+            self.hashes.push(HashJob { hash, pin });
         }
         drop(state);
 
@@ -416,3 +417,6 @@ fn unix_seconds() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests;
