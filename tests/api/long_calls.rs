@@ -1,6 +1,10 @@
 //! Calls that take long: others have their turn meanwhile, nobody waits longer or shorter
 //! than with etcd, and who gives up leaves nothing behind.
 
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::Poll;
+
 use kvorum::pb::etcdserverpb::{CompactionRequest, RangeRequest, TxnRequest};
 use kvorum::{Config, Error};
 
@@ -18,6 +22,11 @@ async fn put_many(rig: &Rig, prefix: &str, count: usize) {
     let success = (0..count).map(|number| put_op(&format!("{prefix}{number:06}"), "v")).collect();
     let request = TxnRequest { success, ..TxnRequest::default() };
     rig.server.engine().txn(request).await.unwrap();
+}
+
+/// How far a call gets without waiting for anybody.
+async fn polled_once<F: Future>(mut call: Pin<&mut F>) -> Poll<F::Output> {
+    poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await
 }
 
 /// Begins a physical compaction that cannot end, because of a stream that nobody reads.
@@ -63,4 +72,17 @@ async fn a_physical_compaction_ends_with_the_server() {
     let (_stream, compaction) = stuck_compaction(&rig).await;
     soon("the server to stop", rig.server.shutdown()).await.unwrap();
     assert_eq!(soon("the compaction", compaction).await.unwrap(), Err(Error::Stopped));
+}
+
+#[tokio::test]
+async fn a_defragmentation_that_nobody_waits_for_is_over_when_it_is_done() {
+    let rig = start().await;
+    let engine = rig.server.engine();
+    rig.put("k", "v").await;
+    let inflight = &engine.metrics().disk_defrag_inflight;
+    let mut given_up = Box::pin(engine.defragment());
+    assert!(polled_once(given_up.as_mut()).await.is_pending());
+    drop(given_up);
+    assert_eq!(inflight.get(), 1);
+    until("the end", async || (inflight.get() == 0).then_some(())).await;
 }
