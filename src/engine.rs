@@ -38,7 +38,7 @@ use crate::pb::kvorumpb::{MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
-use crate::runtime::hashes::{CompactionHashes, KeyValueHash};
+use crate::runtime::hashes::{CompactionHashes, HashJob, KeyValueHash, work_out};
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
@@ -570,7 +570,8 @@ impl Engine {
     /// None at present.
     pub async fn hash(&self) -> Result<HashResponse, Error> {
         let engine = self.clone();
-        let hash = blocking(move || engine.parts.state.read().hash()).await?;
+        let hashed = tokio::task::spawn_blocking(move || engine.parts.state.read().hash());
+        let hash = hashed.await.map_err(|_| Error::Stopped)?;
         Ok(HashResponse { header: Some(self.header()), hash })
     }
 
@@ -594,9 +595,8 @@ impl Engine {
         })
     }
 
-    /// Works the hash out, in steps between which writes go on.
     async fn hash_keys(&self, revision: i64) -> Result<KeyValueHash, Error> {
-        let (mut hash, pin) = {
+        let job = {
             let state = self.parts.state.read();
             let store = state.store();
             let at = if revision == 0 { store.revision() } else { revision };
@@ -609,16 +609,16 @@ impl Engine {
             }
             let hash = store.hash_kv_begin(at);
             let pin = self.parts.pins.pin(hash.floor());
-            (hash, pin)
+            HashJob { hash, pin }
         };
+        self.work_out(job).await
+    }
+
+    /// Works a hash out, away from the threads that serve.
+    async fn work_out(&self, job: HashJob) -> Result<KeyValueHash, Error> {
         let engine = self.clone();
-        blocking(move || {
-            while !hash.step(engine.parts.state.read().store(), KEYS_PER_STEP) {}
-            drop(pin);
-            let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
-            KeyValueHash { hash: hash.finish(), compact_revision, revision }
-        })
-        .await
+        let worked = tokio::task::spawn_blocking(move || work_out(&engine.parts.state, job));
+        worked.await.map_err(|_| Error::Stopped)
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted
@@ -798,13 +798,6 @@ impl Engine {
         header.member_id = self.parts.member_id;
         header.raft_term = self.parts.published.applied_term();
     }
-}
-
-/// Runs what takes long away from the threads that serve.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)
 }
 
 /// A lease id as etcd picks them: random, positive, 63 bits.
