@@ -564,15 +564,20 @@ impl Engine {
         })
     }
 
-    /// A checksum of everything this member holds that members must agree on.
+    /// A checksum of everything this member holds that members must agree on, all as of
+    /// the same moment. The keys are gone through in steps between which writes go on.
     ///
     /// # Errors
     /// None at present.
     pub async fn hash(&self) -> Result<HashResponse, Error> {
-        let engine = self.clone();
-        let hashed = tokio::task::spawn_blocking(move || engine.parts.state.read().hash());
-        let hash = hashed.await.map_err(|_| Error::Stopped)?;
-        Ok(HashResponse { header: Some(self.header()), hash })
+        let (job, rest) = {
+            let state = self.parts.state.read();
+            let hash = state.store().hash_kv_begin(state.store().revision());
+            let pin = self.parts.pins.pin(hash.floor());
+            (HashJob { hash, pin }, state.hash_of_rest())
+        };
+        let keys = self.work_out(job).await?;
+        Ok(HashResponse { header: Some(self.header()), hash: rest.after(keys.hash) })
     }
 
     /// etcd's checksum of the keys as of a revision (0: the current one).

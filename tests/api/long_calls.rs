@@ -2,11 +2,11 @@
 //! than with etcd, and who gives up leaves nothing behind.
 
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::Poll;
 
 use kvorum::pb::etcdserverpb::{CompactionRequest, RangeRequest, TxnRequest};
-use kvorum::{Config, Error};
+use kvorum::{Config, Engine, Error};
 
 use crate::rig::*;
 
@@ -27,6 +27,12 @@ async fn put_many(rig: &Rig, prefix: &str, count: usize) {
 /// How far a call gets without waiting for anybody.
 async fn polled_once<F: Future>(mut call: Pin<&mut F>) -> Poll<F::Output> {
     poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await
+}
+
+/// How many reads are under way.
+fn readers(engine: &Engine) -> i64 {
+    engine.refresh_metrics();
+    engine.metrics().mvcc_db_open_read_transactions.get()
 }
 
 /// Begins a physical compaction that cannot end, because of a stream that nobody reads.
@@ -85,4 +91,32 @@ async fn a_defragmentation_that_nobody_waits_for_is_over_when_it_is_done() {
     drop(given_up);
     assert_eq!(inflight.get(), 1);
     until("the end", async || (inflight.get() == 0).then_some(())).await;
+}
+
+#[test]
+fn a_hash_is_of_the_moment_it_is_asked_for() {
+    // The one thread that hashes is busy when the hash is asked for.
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    let runtime = builder.max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let rig = start().await;
+        let engine = rig.server.engine();
+        rig.put("k", "v").await;
+        rig.grant(60).await;
+        let before = engine.hash().await.unwrap().hash;
+        let (go, gate) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || gate.recv());
+        let mut hash = pin!(engine.hash());
+        assert!(polled_once(hash.as_mut()).await.is_pending());
+        assert_eq!(readers(engine), 1);
+        rig.put("k", "w").await;
+        let changed = rig.put("l", "v").await;
+        rig.grant(60).await;
+        rig.compact(changed).await.unwrap();
+        go.send(()).unwrap();
+        busy.await.unwrap().unwrap();
+        assert_eq!(soon("the hash", hash).await.unwrap().hash, before);
+        assert_ne!(engine.hash().await.unwrap().hash, before);
+        assert_eq!(readers(engine), 0);
+    });
 }
