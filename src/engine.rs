@@ -40,7 +40,7 @@ use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{CompactionHashes, HashJob, KeyValueHash, work_out};
 use crate::runtime::leases::LeaseClock;
-use crate::runtime::pins::Pins;
+use crate::runtime::pins::{Pin, Pins};
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::space::Shortage;
@@ -220,42 +220,48 @@ impl Engine {
             let pin = self.parts.pins.pin(scan.at());
             (scan, pin)
         };
-        let engine = self.clone();
-        tokio::spawn(async move {
-            let piece = |response| RangeStreamResponse { range_response: Some(response) };
-            let mut scan = scan;
-            let mut keys = STREAM_FIRST_KEYS;
-            while scan.step(engine.parts.state.read().store(), keys) == Step::More {
-                let kvs = scan.take_kvs();
-                let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
-                if bytes < engine.parts.limits.max_request_bytes / 2 {
-                    keys = (keys * 2).min(KEYS_PER_STEP);
-                } else if bytes > engine.parts.limits.max_request_bytes * 2 {
-                    keys = (keys / 2).max(1);
-                }
-                if kvs.is_empty() {
-                    continue;
-                }
+        tokio::spawn(self.clone().stream(scan, pin, pieces));
+        Ok(receiver)
+    }
+
+    async fn stream(
+        self,
+        mut scan: RangeScan,
+        pin: Pin,
+        pieces: mpsc::Sender<Result<RangeStreamResponse, Error>>,
+    ) {
+        let piece = |response| RangeStreamResponse { range_response: Some(response) };
+        let mut keys = STREAM_FIRST_KEYS;
+        while scan.step(self.parts.state.read().store(), keys) == Step::More {
+            let kvs = scan.take_kvs();
+            let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
+            if bytes < self.parts.limits.max_request_bytes / 2 {
+                keys = (keys * 2).min(KEYS_PER_STEP);
+            } else if bytes > self.parts.limits.max_request_bytes * 2 {
+                keys = (keys / 2).max(1);
+            }
+            if kvs.is_empty() {
+                // Whoever waits for this thread goes first.
+                tokio::task::yield_now().await;
+            } else {
                 let response = RangeResponse { kvs, ..RangeResponse::default() };
                 let sent = pieces.send(Ok(piece(response)));
-                match tokio::time::timeout_at(pin.deadline().into(), sent).await {
-                    Ok(Ok(())) => {}
-                    // Nobody receives.
-                    Ok(Err(_)) => return,
-                    // A client that does not read must not hold the pin.
-                    Err(_) => {
-                        drop(pin);
-                        let _ = pieces.send(Err(Error::Compacted)).await;
-                        return;
-                    }
-                }
+                // A client that does not read must not hold the pin: it is overdue then.
+                let _ = tokio::time::timeout_at(pin.deadline().into(), sent).await;
             }
-            drop(pin);
-            let mut last = scan.finish();
-            engine.complete(&mut last.header);
-            let _ = pieces.send(Ok(piece(last))).await;
-        });
-        Ok(receiver)
+            if pieces.is_closed() {
+                return;
+            }
+            if pin.is_overdue() {
+                drop(pin);
+                let _ = pieces.send(Err(Error::Compacted)).await;
+                return;
+            }
+        }
+        drop(pin);
+        let mut last = scan.finish();
+        self.complete(&mut last.header);
+        let _ = pieces.send(Ok(piece(last))).await;
     }
 
     /// Writes a key.

@@ -10,7 +10,7 @@ use kvorum::{Config, Engine, Error};
 
 use crate::rig::*;
 
-/// Keys in one transaction, at most.
+/// More than a read looks at in two steps.
 const MANY: usize = 10_000;
 
 async fn start_for_many() -> Rig {
@@ -119,4 +119,27 @@ fn a_hash_is_of_the_moment_it_is_asked_for() {
         assert_ne!(engine.hash().await.unwrap().hash, before);
         assert_eq!(readers(engine), 0);
     });
+}
+
+#[tokio::test]
+async fn a_streamed_range_that_finds_nothing_lets_others_go_on_and_ends_with_its_client() {
+    let rig = start_for_many().await;
+    let engine = rig.server.engine();
+    let revision = rig.put("a", "v").await;
+    put_many(&rig, "k", MANY).await;
+    // None of them existed then.
+    let request = RangeRequest { revision, ..list_request("k") };
+    let stream = engine.range_stream(request.clone()).await.unwrap();
+    tokio::task::yield_now().await;
+    assert_eq!(readers(engine), 1, "under way");
+    drop(stream);
+    // Far fewer turns than it takes to the end.
+    for _ in 0..3 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(readers(engine), 0, "nobody receives");
+
+    let mut stream = engine.range_stream(request).await.unwrap();
+    let last = soon("the answer", stream.recv()).await.unwrap().unwrap().range_response.unwrap();
+    assert_eq!((last.count, last.more), (0, false));
 }
