@@ -31,8 +31,9 @@ use parking_lot::RwLock;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::Error;
-use crate::lease;
+use crate::lease::{self, Lease};
 use crate::metrics::{Metrics, Op};
+use crate::mvcc::Store;
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
@@ -46,8 +47,8 @@ use crate::runtime::published::Published;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
-use crate::state::txn::{RangeScan, Step};
-use crate::state::{Response, StateMachine, check, txn};
+use crate::state::txn::{RangeScan, Step, TxnScan};
+use crate::state::{Response, StateMachine, check};
 
 /// Keys visited in one hold of the state's lock: well under a millisecond.
 const KEYS_PER_STEP: usize = 4096;
@@ -176,14 +177,28 @@ impl Engine {
     }
 
     async fn read_range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
+        let begin =
+            |store: &Store| RangeScan::new(request, store.revision(), store.compact_revision());
+        let scan = self.scanned(begin, RangeScan::at, RangeScan::step).await?;
+        Ok(scan.finish())
+    }
+
+    /// What `begin` gives for the present state, after all its steps. Between these writes
+    /// go on; the revision that it reads `at` is pinned.
+    async fn scanned<S>(
+        &self,
+        begin: impl FnOnce(&Store) -> Result<S, Error>,
+        at: fn(&S) -> i64,
+        step: fn(&mut S, &Store, usize) -> Step,
+    ) -> Result<S, Error> {
         let (mut scan, pin) = {
             let state = self.parts.state.read();
             let store = state.store();
-            let mut scan = RangeScan::new(request, store.revision(), store.compact_revision())?;
-            if scan.step(store, KEYS_PER_STEP) == Step::Done {
-                return Ok(scan.finish());
+            let mut scan = begin(store)?;
+            if step(&mut scan, store, KEYS_PER_STEP) == Step::Done {
+                return Ok(scan);
             }
-            let pin = self.parts.pins.pin(scan.at());
+            let pin = self.parts.pins.pin(at(&scan));
             (scan, pin)
         };
         loop {
@@ -192,8 +207,8 @@ impl Engine {
             if pin.is_overdue() {
                 return Err(Error::Compacted);
             }
-            if scan.step(self.parts.state.read().store(), KEYS_PER_STEP) == Step::Done {
-                return Ok(scan.finish());
+            if step(&mut scan, self.parts.state.read().store(), KEYS_PER_STEP) == Step::Done {
+                return Ok(scan);
             }
         }
     }
@@ -309,10 +324,11 @@ impl Engine {
         let mut response = if check::is_txn_read_only(&request) {
             self.before_read(check::is_txn_serializable(&request)).await?;
             let began = Instant::now();
-            let answered = txn::read_txn(self.parts.state.read().store(), &request);
+            let begin = |store: &Store| TxnScan::new(store, &request);
+            let answered = self.scanned(begin, TxnScan::at, TxnScan::step).await;
             let durations = &self.parts.metrics.server_request_duration_seconds;
             durations.observe(Op::ReadonlyTxn, answered.is_ok(), began.elapsed());
-            answered?
+            answered?.finish()
         } else {
             if check::txn_has_put(&request) {
                 self.reserve(check::txn_write_cost(&request)).await?;
@@ -466,13 +482,10 @@ impl Engine {
         &self,
         _request: LeaseLeasesRequest,
     ) -> Result<LeaseLeasesResponse, Error> {
-        let state = self.parts.state.read();
-        let mut leases: Vec<(Option<Duration>, i64)> = state
-            .lessor()
-            .iter()
-            .map(|lease| (self.parts.leases.remaining(lease.id()), lease.id()))
-            .collect();
-        drop(state);
+        let ids: Vec<i64> = self.parts.state.read().lessor().iter().map(Lease::id).collect();
+        // Each by itself, and not under the state's lock: keepalives and writes go on.
+        let left = |id| (self.parts.leases.remaining(id), id);
+        let mut leases: Vec<(Option<Duration>, i64)> = ids.into_iter().map(left).collect();
         leases.sort_unstable();
         let leases = leases.into_iter().map(|(_, id)| LeaseStatus { id }).collect();
         Ok(LeaseLeasesResponse { header: Some(self.header()), leases })

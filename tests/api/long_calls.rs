@@ -5,6 +5,7 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::task::Poll;
 
+use kvorum::pb::etcdserverpb::request_op::Request as Op;
 use kvorum::pb::etcdserverpb::{CompactionRequest, RangeRequest, TxnRequest};
 use kvorum::{Config, Engine, Error};
 
@@ -142,4 +143,30 @@ async fn a_streamed_range_that_finds_nothing_lets_others_go_on_and_ends_with_its
     let mut stream = engine.range_stream(request).await.unwrap();
     let last = soon("the answer", stream.recv()).await.unwrap().unwrap().range_response.unwrap();
     assert_eq!((last.count, last.more), (0, false));
+}
+
+#[tokio::test]
+async fn a_transaction_that_reads_much_lets_others_write_and_does_not_see_it() {
+    let rig = start_for_many().await;
+    let engine = rig.server.engine();
+    put_many(&rig, "k", MANY).await;
+    let before = rig.put("l", "1").await;
+    let success =
+        ["k", "l"].map(|prefix| RangeRequest { serializable: true, ..list_request(prefix) });
+    let success = success.into_iter().map(|range| op(Op::RequestRange(range)));
+    let request = TxnRequest { success: success.collect(), ..TxnRequest::default() };
+    let mut txn = pin!(engine.txn(request));
+    assert!(polled_once(txn.as_mut()).await.is_pending(), "others have their turn");
+    rig.put("k000000", "2").await;
+    let last = rig.put("l", "2").await;
+    rig.compact(last).await.unwrap();
+    let response = soon("the transaction", txn).await.unwrap();
+    assert_eq!(response.header.as_ref().unwrap().revision, before);
+    for (index, count) in [MANY, 1].into_iter().enumerate() {
+        let range = range_of(&response, index);
+        assert_eq!(range.header.as_ref().unwrap().revision, before);
+        assert_eq!((range.count, range.kvs.len(), range.more), (count as i64, count, false));
+        assert!(kvs(range).iter().all(|kv| kv.mod_revision <= before));
+    }
+    assert_eq!(readers(engine), 0);
 }
