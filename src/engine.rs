@@ -287,11 +287,8 @@ impl Engine {
     pub async fn put(&self, request: PutRequest) -> Result<PutResponse, Error> {
         check::check_put(&request)?;
         self.reserve(check::put_cost(&request)).await?;
-        match self.parts.proposer.propose(Request::Put(request)).await? {
-            Response::Put(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::Put(request)).await? {
+            Response::Put(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -305,11 +302,8 @@ impl Engine {
         request: DeleteRangeRequest,
     ) -> Result<DeleteRangeResponse, Error> {
         check::check_delete_range(&request)?;
-        match self.parts.proposer.propose(Request::DeleteRange(request)).await? {
-            Response::DeleteRange(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::DeleteRange(request)).await? {
+            Response::DeleteRange(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -321,25 +315,26 @@ impl Engine {
     /// nothing is changed), [`Error::NoSpace`], or no answer from the cluster.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse, Error> {
         check::check_txn(&request, self.parts.limits.max_txn_ops)?;
-        let mut response = if check::is_txn_read_only(&request) {
+        let response = if check::is_txn_read_only(&request) {
             self.before_read(check::is_txn_serializable(&request)).await?;
             let began = Instant::now();
             let begin = |store: &Store| TxnScan::new(store, &request);
             let answered = self.scanned(begin, TxnScan::at, TxnScan::step).await;
             let durations = &self.parts.metrics.server_request_duration_seconds;
             durations.observe(Op::ReadonlyTxn, answered.is_ok(), began.elapsed());
-            answered?.finish()
+            let mut response = answered?.finish();
+            self.complete(&mut response.header);
+            response
         } else {
             if check::txn_has_put(&request) {
                 self.reserve(check::txn_write_cost(&request)).await?;
             }
-            match self.parts.proposer.propose(Request::Txn(request)).await? {
+            match self.commit(Request::Txn(request)).await? {
                 Response::Txn(response) => response,
                 other => return Err(unexpected(&other)),
             }
         };
         self.parts.metrics.mvcc_txn_total.inc();
-        self.complete(&mut response.header);
         Ok(response)
     }
 
@@ -351,9 +346,8 @@ impl Engine {
     /// [`Error::Compacted`], [`Error::FutureRevision`]; with `physical`, [`Error::Stopped`]
     /// for a compaction that is in force.
     pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse, Error> {
-        match self.parts.proposer.propose(Request::Compaction(request)).await? {
-            Response::Compact(mut response) => {
-                self.complete(&mut response.header);
+        match self.commit(Request::Compaction(request)).await? {
+            Response::Compact(response) => {
                 if request.physical {
                     self.wait_until_removed(request.revision).await?;
                 }
@@ -405,11 +399,8 @@ impl Engine {
         self.reserve(check::LEASE_COST_BYTES).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };
         let request = LeaseGrantRequest { ttl, id };
-        match self.parts.proposer.propose(Request::LeaseGrant(request)).await? {
-            Response::LeaseGrant(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::LeaseGrant(request)).await? {
+            Response::LeaseGrant(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -422,11 +413,8 @@ impl Engine {
         &self,
         request: LeaseRevokeRequest,
     ) -> Result<LeaseRevokeResponse, Error> {
-        match self.parts.proposer.propose(Request::LeaseRevoke(request)).await? {
-            Response::LeaseRevoke(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::LeaseRevoke(request)).await? {
+            Response::LeaseRevoke(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -528,11 +516,8 @@ impl Engine {
     /// # Errors
     /// No answer from the cluster.
     pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse, Error> {
-        match self.parts.proposer.propose(Request::Alarm(request)).await? {
-            Response::Alarm(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::Alarm(request)).await? {
+            Response::Alarm(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -813,6 +798,15 @@ impl Engine {
             self.alarm(request).await?;
         }
         Err(Error::NoSpace)
+    }
+
+    /// Has a command committed. The response is complete, and of the command's kind.
+    async fn commit(&self, request: Request) -> Result<Response, Error> {
+        let mut response = self.parts.proposer.propose(request).await?;
+        if let Some(header) = response.header_mut() {
+            self.complete(header);
+        }
+        Ok(response)
     }
 
     /// Fills in what the state machine does not know. The revision stays as it is.

@@ -53,6 +53,22 @@ pub enum Response {
     Done,
 }
 
+impl Response {
+    /// The header, of which the revision alone is filled in. Only [`Response::Done`] has none.
+    pub fn header_mut(&mut self) -> Option<&mut Option<ResponseHeader>> {
+        match self {
+            Response::Put(response) => Some(&mut response.header),
+            Response::DeleteRange(response) => Some(&mut response.header),
+            Response::Txn(response) => Some(&mut response.header),
+            Response::Compact(response) => Some(&mut response.header),
+            Response::LeaseGrant(response) => Some(&mut response.header),
+            Response::LeaseRevoke(response) => Some(&mut response.header),
+            Response::Alarm(response) => Some(&mut response.header),
+            Response::Done => None,
+        }
+    }
+}
+
 /// A lease came or went: the leader keeps its deadline accordingly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseChange {
