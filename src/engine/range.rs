@@ -131,19 +131,21 @@ impl Engine {
             } else if bytes > self.parts.limits.max_request_bytes * 2 {
                 keys = (keys / 2).max(1);
             }
-            if kvs.is_empty() {
+            let is_sent = if kvs.is_empty() {
                 // Whoever waits for this thread goes first.
                 tokio::task::yield_now().await;
+                true
             } else {
                 let response = RangeResponse { kvs, ..RangeResponse::default() };
                 let sent = pieces.send(Ok(piece(response)));
-                // A client that does not read must not hold the pin: it is overdue then.
-                let _ = tokio::time::timeout_at(pin.deadline().into(), sent).await;
-            }
+                // A client that does not read must not hold the pin.
+                tokio::time::timeout_at(pin.deadline().into(), sent).await.is_ok()
+            };
+            // Nobody receives.
             if pieces.is_closed() {
                 return;
             }
-            if pin.is_overdue() {
+            if !is_sent || pin.is_overdue() {
                 drop(pin);
                 let _ = pieces.send(Err(Error::Compacted)).await;
                 return;
