@@ -23,22 +23,25 @@
 //! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
 //! the write: it may still happen.
 
+mod range;
+
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use crate::error::Error;
-use crate::lease;
+use crate::lease::{self, Lease};
 use crate::metrics::{Metrics, Op};
+use crate::mvcc::Store;
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
-use crate::runtime::hashes::{CompactionHashes, KeyValueHash};
+use crate::runtime::hashes::{CompactionHashes, HashJob, KeyValueHash, work_out};
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
@@ -46,17 +49,11 @@ use crate::runtime::published::Published;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
-use crate::state::txn::{RangeScan, Step};
-use crate::state::{Response, StateMachine, check, txn};
+use crate::state::txn::TxnScan;
+use crate::state::{Response, StateMachine, check};
 
-/// Keys visited in one hold of the state's lock: well under a millisecond.
-const KEYS_PER_STEP: usize = 4096;
 /// A writer that is ahead of the checkpoint looks again after this.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
-/// Keys in the first message of a streamed range; etcd's value.
-const STREAM_FIRST_KEYS: usize = 10;
-/// Messages of a streamed range that wait for a slow client.
-const STREAM_MESSAGES_MAX: usize = 4;
 
 /// What limits requests, and what is told about it.
 #[derive(Debug, Clone)]
@@ -147,116 +144,7 @@ impl Engine {
         Engine { parts: Arc::new(parts) }
     }
 
-    // ---- KV ----
-
-    /// Reads a range as of one revision. Linearizable unless `serializable`.
-    ///
-    /// A long range is read in steps, between which writes go on.
-    ///
-    /// # Errors
-    /// [`Error::Compacted`], [`Error::FutureRevision`], or a request etcd refuses.
-    pub async fn range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
-        check::check_range(&request)?;
-        let began = Instant::now();
-        let answered = self.range_unchecked(request).await;
-        let durations = &self.parts.metrics.server_request_duration_seconds;
-        durations.observe(Op::Range, answered.is_ok(), began.elapsed());
-        answered
-    }
-
-    async fn range_unchecked(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
-        self.before_read(request.serializable).await?;
-        let began = Instant::now();
-        let read = self.read_range(request).await;
-        self.parts.metrics.server_range_duration_seconds.observe(read.is_ok(), began.elapsed());
-        self.parts.metrics.mvcc_range_total.inc();
-        let mut response = read?;
-        self.complete(&mut response.header);
-        Ok(response)
-    }
-
-    async fn read_range(&self, request: RangeRequest) -> Result<RangeResponse, Error> {
-        let (mut scan, pin) = {
-            let state = self.parts.state.read();
-            let store = state.store();
-            let mut scan = RangeScan::new(request, store.revision(), store.compact_revision())?;
-            if scan.step(store, KEYS_PER_STEP) == Step::Done {
-                return Ok(scan.finish());
-            }
-            let pin = self.parts.pins.pin(scan.at());
-            (scan, pin)
-        };
-        loop {
-            // Whoever waits for this thread goes first.
-            tokio::task::yield_now().await;
-            if pin.is_overdue() {
-                return Err(Error::Compacted);
-            }
-            if scan.step(self.parts.state.read().store(), KEYS_PER_STEP) == Step::Done {
-                return Ok(scan.finish());
-            }
-        }
-    }
-
-    /// Reads a range as of one revision, piece by piece. The last piece alone has the
-    /// header, `more` and `count`; all of them merged are what [`Engine::range`] gives.
-    ///
-    /// Dropping the receiver ends the read.
-    ///
-    /// # Errors
-    /// Like [`Engine::range`]; also for a sort order or filter, which a stream cannot
-    /// have.
-    pub async fn range_stream(
-        &self,
-        request: RangeRequest,
-    ) -> Result<mpsc::Receiver<Result<RangeStreamResponse, Error>>, Error> {
-        check::check_range_stream(&request)?;
-        self.before_read(request.serializable).await?;
-        let (pieces, receiver) = mpsc::channel(STREAM_MESSAGES_MAX);
-        let (scan, pin) = {
-            let state = self.parts.state.read();
-            let store = state.store();
-            let scan = RangeScan::new(request, store.revision(), store.compact_revision())?;
-            let pin = self.parts.pins.pin(scan.at());
-            (scan, pin)
-        };
-        let engine = self.clone();
-        tokio::spawn(async move {
-            let piece = |response| RangeStreamResponse { range_response: Some(response) };
-            let mut scan = scan;
-            let mut keys = STREAM_FIRST_KEYS;
-            while scan.step(engine.parts.state.read().store(), keys) == Step::More {
-                let kvs = scan.take_kvs();
-                let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
-                if bytes < engine.parts.limits.max_request_bytes / 2 {
-                    keys = (keys * 2).min(KEYS_PER_STEP);
-                } else if bytes > engine.parts.limits.max_request_bytes * 2 {
-                    keys = (keys / 2).max(1);
-                }
-                if kvs.is_empty() {
-                    continue;
-                }
-                let response = RangeResponse { kvs, ..RangeResponse::default() };
-                let sent = pieces.send(Ok(piece(response)));
-                match tokio::time::timeout_at(pin.deadline().into(), sent).await {
-                    Ok(Ok(())) => {}
-                    // Nobody receives.
-                    Ok(Err(_)) => return,
-                    // A client that does not read must not hold the pin.
-                    Err(_) => {
-                        drop(pin);
-                        let _ = pieces.send(Err(Error::Compacted)).await;
-                        return;
-                    }
-                }
-            }
-            drop(pin);
-            let mut last = scan.finish();
-            engine.complete(&mut last.header);
-            let _ = pieces.send(Ok(piece(last))).await;
-        });
-        Ok(receiver)
-    }
+    // ---- KV (ranges: in `range`) ----
 
     /// Writes a key.
     ///
@@ -266,11 +154,8 @@ impl Engine {
     pub async fn put(&self, request: PutRequest) -> Result<PutResponse, Error> {
         check::check_put(&request)?;
         self.reserve(check::put_cost(&request)).await?;
-        match self.parts.proposer.propose(Request::Put(request)).await? {
-            Response::Put(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::Put(request)).await? {
+            Response::Put(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -284,11 +169,8 @@ impl Engine {
         request: DeleteRangeRequest,
     ) -> Result<DeleteRangeResponse, Error> {
         check::check_delete_range(&request)?;
-        match self.parts.proposer.propose(Request::DeleteRange(request)).await? {
-            Response::DeleteRange(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::DeleteRange(request)).await? {
+            Response::DeleteRange(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -300,39 +182,58 @@ impl Engine {
     /// nothing is changed), [`Error::NoSpace`], or no answer from the cluster.
     pub async fn txn(&self, request: TxnRequest) -> Result<TxnResponse, Error> {
         check::check_txn(&request, self.parts.limits.max_txn_ops)?;
-        let mut response = if check::is_txn_read_only(&request) {
+        let response = if check::is_txn_read_only(&request) {
             self.before_read(check::is_txn_serializable(&request)).await?;
             let began = Instant::now();
-            let answered = txn::read_txn(self.parts.state.read().store(), &request);
+            let begin = |store: &Store| TxnScan::new(store, &request);
+            let answered = self.scanned(begin, TxnScan::at, TxnScan::step).await;
             let durations = &self.parts.metrics.server_request_duration_seconds;
             durations.observe(Op::ReadonlyTxn, answered.is_ok(), began.elapsed());
-            answered?
+            let mut response = answered?.finish();
+            self.complete(&mut response.header);
+            response
         } else {
             if check::txn_has_put(&request) {
                 self.reserve(check::txn_write_cost(&request)).await?;
             }
-            match self.parts.proposer.propose(Request::Txn(request)).await? {
+            match self.commit(Request::Txn(request)).await? {
                 Response::Txn(response) => response,
                 other => return Err(unexpected(&other)),
             }
         };
         self.parts.metrics.mvcc_txn_total.inc();
-        self.complete(&mut response.header);
         Ok(response)
     }
 
     /// Gives up the history before a revision. With `physical` it is answered once
-    /// what was given up is removed from memory.
+    /// what was given up is removed from memory, however long that takes: as in etcd, the
+    /// request timeout ends when the cluster has answered.
     ///
     /// # Errors
-    /// [`Error::Compacted`], [`Error::FutureRevision`].
+    /// [`Error::Compacted`], [`Error::FutureRevision`]; with `physical`, [`Error::Stopped`]
+    /// for a compaction that is in force.
     pub async fn compact(&self, request: CompactionRequest) -> Result<CompactionResponse, Error> {
-        match self.parts.proposer.propose(Request::Compaction(request)).await? {
-            Response::Compact(mut response) => {
-                self.complete(&mut response.header);
+        match self.commit(Request::Compaction(request)).await? {
+            Response::Compact(response) => {
+                if request.physical {
+                    self.wait_until_removed(request.revision).await?;
+                }
                 Ok(response)
             }
             other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Waits until nothing is left of what compaction to `revision` gave up.
+    async fn wait_until_removed(&self, revision: i64) -> Result<(), Error> {
+        let mut removed_below = self.parts.published.removed_below.subscribe();
+        let mut stopping = self.stopping();
+        tokio::select! {
+            removed = removed_below.wait_for(|below| *below >= revision) => {
+                removed.map(drop).map_err(|_| Error::Stopped)
+            }
+            // A sender that is gone has stopped, too.
+            _ = stopping.wait_for(|stopping| *stopping) => Err(Error::Stopped),
         }
     }
 
@@ -365,11 +266,8 @@ impl Engine {
         self.reserve(check::LEASE_COST_BYTES).await?;
         let id = if request.id == 0 { random_lease_id()? } else { request.id };
         let request = LeaseGrantRequest { ttl, id };
-        match self.parts.proposer.propose(Request::LeaseGrant(request)).await? {
-            Response::LeaseGrant(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::LeaseGrant(request)).await? {
+            Response::LeaseGrant(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -382,11 +280,8 @@ impl Engine {
         &self,
         request: LeaseRevokeRequest,
     ) -> Result<LeaseRevokeResponse, Error> {
-        match self.parts.proposer.propose(Request::LeaseRevoke(request)).await? {
-            Response::LeaseRevoke(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::LeaseRevoke(request)).await? {
+            Response::LeaseRevoke(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -442,13 +337,10 @@ impl Engine {
         &self,
         _request: LeaseLeasesRequest,
     ) -> Result<LeaseLeasesResponse, Error> {
-        let state = self.parts.state.read();
-        let mut leases: Vec<(Option<Duration>, i64)> = state
-            .lessor()
-            .iter()
-            .map(|lease| (self.parts.leases.remaining(lease.id()), lease.id()))
-            .collect();
-        drop(state);
+        let ids: Vec<i64> = self.parts.state.read().lessor().iter().map(Lease::id).collect();
+        // Each by itself, and not under the state's lock: keepalives and writes go on.
+        let left = |id| (self.parts.leases.remaining(id), id);
+        let mut leases: Vec<(Option<Duration>, i64)> = ids.into_iter().map(left).collect();
         leases.sort_unstable();
         let leases = leases.into_iter().map(|(_, id)| LeaseStatus { id }).collect();
         Ok(LeaseLeasesResponse { header: Some(self.header()), leases })
@@ -491,11 +383,8 @@ impl Engine {
     /// # Errors
     /// No answer from the cluster.
     pub async fn alarm(&self, request: AlarmRequest) -> Result<AlarmResponse, Error> {
-        match self.parts.proposer.propose(Request::Alarm(request)).await? {
-            Response::Alarm(mut response) => {
-                self.complete(&mut response.header);
-                Ok(response)
-            }
+        match self.commit(Request::Alarm(request)).await? {
+            Response::Alarm(response) => Ok(response),
             other => Err(unexpected(&other)),
         }
     }
@@ -546,14 +435,20 @@ impl Engine {
         })
     }
 
-    /// A checksum of everything this member holds that members must agree on.
+    /// A checksum of everything this member holds that members must agree on, all as of
+    /// the same moment. The keys are gone through in steps between which writes go on.
     ///
     /// # Errors
     /// None at present.
     pub async fn hash(&self) -> Result<HashResponse, Error> {
-        let engine = self.clone();
-        let hash = blocking(move || engine.parts.state.read().hash()).await?;
-        Ok(HashResponse { header: Some(self.header()), hash })
+        let (job, rest) = {
+            let state = self.parts.state.read();
+            let hash = state.store().hash_kv_begin(state.store().revision());
+            let pin = self.parts.pins.pin(hash.floor());
+            (HashJob { hash, pin }, state.hash_of_rest())
+        };
+        let keys = self.work_out(job).await?;
+        Ok(HashResponse { header: Some(self.header()), hash: rest.after(keys.hash) })
     }
 
     /// etcd's checksum of the keys as of a revision (0: the current one).
@@ -576,9 +471,8 @@ impl Engine {
         })
     }
 
-    /// Works the hash out, in steps between which writes go on.
     async fn hash_keys(&self, revision: i64) -> Result<KeyValueHash, Error> {
-        let (mut hash, pin) = {
+        let job = {
             let state = self.parts.state.read();
             let store = state.store();
             let at = if revision == 0 { store.revision() } else { revision };
@@ -591,39 +485,40 @@ impl Engine {
             }
             let hash = store.hash_kv_begin(at);
             let pin = self.parts.pins.pin(hash.floor());
-            (hash, pin)
+            HashJob { hash, pin }
         };
+        self.work_out(job).await
+    }
+
+    /// Works a hash out, away from the threads that serve.
+    async fn work_out(&self, job: HashJob) -> Result<KeyValueHash, Error> {
         let engine = self.clone();
-        blocking(move || {
-            while !hash.step(engine.parts.state.read().store(), KEYS_PER_STEP) {}
-            drop(pin);
-            let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
-            KeyValueHash { hash: hash.finish(), compact_revision, revision }
-        })
-        .await
+        let worked = tokio::task::spawn_blocking(move || work_out(&engine.parts.state, job));
+        worked.await.map_err(|_| Error::Stopped)
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted
-    /// goes back to the filesystem. Reads and writes go on meanwhile.
+    /// goes back to the filesystem. Reads and writes go on meanwhile. Dropping the future
+    /// gives up the answer, not the work.
     ///
     /// # Errors
     /// [`Error::NoSpace`] when the disk has no room for the new one beside the old one,
     /// which stays in use; [`Error::Stopped`].
     pub async fn defragment(&self) -> Result<DefragmentResponse, Error> {
         let began = Instant::now();
-        self.parts.metrics.disk_defrag_inflight.set(1);
         let (done, written) = oneshot::channel();
         let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
-        let written = match asked {
-            Ok(()) => written.await.unwrap_or(Err(Error::Stopped)),
-            Err(_) => Err(Error::Stopped),
-        };
-        self.parts.metrics.disk_defrag_inflight.set(0);
-        self.parts
-            .metrics
-            .disk_backend_defrag_duration_seconds
-            .observe(began.elapsed().as_secs_f64());
-        written?;
+        asked.map_err(|_| Error::Stopped)?;
+        let metrics = Arc::clone(&self.parts.metrics);
+        metrics.disk_defrag_inflight.inc();
+        // A task, because the work goes on, and is counted, when the caller gives up.
+        let counted = tokio::spawn(async move {
+            let written = written.await.unwrap_or(Err(Error::Stopped));
+            metrics.disk_defrag_inflight.dec();
+            metrics.disk_backend_defrag_duration_seconds.observe(began.elapsed().as_secs_f64());
+            written
+        });
+        counted.await.unwrap_or(Err(Error::Stopped))?;
         Ok(DefragmentResponse::default())
     }
 
@@ -772,6 +667,15 @@ impl Engine {
         Err(Error::NoSpace)
     }
 
+    /// Has a command committed. The response is complete, and of the command's kind.
+    async fn commit(&self, request: Request) -> Result<Response, Error> {
+        let mut response = self.parts.proposer.propose(request).await?;
+        if let Some(header) = response.header_mut() {
+            self.complete(header);
+        }
+        Ok(response)
+    }
+
     /// Fills in what the state machine does not know. The revision stays as it is.
     fn complete(&self, header: &mut Option<ResponseHeader>) {
         let header = header.get_or_insert_default();
@@ -779,13 +683,6 @@ impl Engine {
         header.member_id = self.parts.member_id;
         header.raft_term = self.parts.published.applied_term();
     }
-}
-
-/// Runs what takes long away from the threads that serve.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| Error::Stopped)
 }
 
 /// A lease id as etcd picks them: random, positive, 63 bits.

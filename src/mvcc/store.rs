@@ -79,9 +79,6 @@ pub struct CompactStep {
     pub removed: Vec<Revision>,
     /// Nothing is left to do for the present compact revision.
     pub done: bool,
-    /// What is left is needed by the reader pinned at `floor`: a further step does nothing
-    /// before the floor rises.
-    pub pinned: bool,
 }
 
 impl Default for Store {
@@ -277,13 +274,22 @@ impl Store {
             let Some(change) = self.forget_below(bound) else { break };
             self.drop_replaced_by(&change, &mut step.removed);
         }
-        let oldest = self.history.front().map_or(i64::MAX, |change| change.revision.main);
-        step.done = oldest >= self.compact_revision;
-        step.pinned = !step.done && oldest >= floor;
+        step.done = self.oldest() >= self.compact_revision;
         if step.done {
             self.release_room();
         }
         step
+    }
+
+    /// Whether all that is left to remove is needed by a reader pinned at `floor`: then
+    /// [`Store::compact_step`] does nothing before the floor rises.
+    pub fn is_compaction_pinned(&self, floor: i64) -> bool {
+        (floor..self.compact_revision).contains(&self.oldest())
+    }
+
+    /// The revision of the oldest change in the history.
+    fn oldest(&self) -> i64 {
+        self.history.front().map_or(i64::MAX, |change| change.revision.main)
     }
 
     /// Takes the oldest change off the history, if it is below `bound`.

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use prost::Message as _;
-use tokio::sync::oneshot;
 
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
@@ -23,13 +22,13 @@ use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
 use super::raft_thread::RaftInput;
-use super::waiters::{Answer, Waiters};
+use super::waiters::Waiters;
 use super::watch_hub::Feed;
 use crate::error::Error;
 use crate::log::{Entry, Mark};
 use crate::metrics::{Metrics, Op};
 use crate::pb::etcdserverpb::{TxnResponse, response_op};
-use crate::pb::kvorumpb::{Command, CommandHeader, command::Request};
+use crate::pb::kvorumpb::{Command, CommandHeader};
 use crate::raft;
 use crate::state::{Effects, LeaseChange, Outcome, Response, StateMachine};
 
@@ -37,6 +36,9 @@ use crate::state::{Effects, LeaseChange, Outcome, Response, StateMachine};
 const ENTRIES_PER_LOCK: usize = 256;
 /// A hold of the write lock ends after this, however many entries wait.
 const LOCK_HELD_MAX: Duration = Duration::from_millis(1);
+/// While a reader needs what is left to remove, the thread looks again after this, or after
+/// `--compaction-sleep-interval` when that is longer.
+const PINNED_PAUSE: Duration = Duration::from_millis(10);
 
 /// What the apply thread is told.
 #[derive(Debug)]
@@ -97,8 +99,6 @@ struct Progress {
     entries: VecDeque<Entry>,
     /// When the next step of physical compaction is due; `None` when all is done.
     compact_at: Option<Instant>,
-    /// Compactions that are answered once everything is removed.
-    physical: Vec<(oneshot::Sender<Answer>, Response)>,
     /// The removal under way.
     removal: Option<Removal>,
 }
@@ -118,7 +118,6 @@ struct Decoded {
 /// A command that was applied: what it led to, and what is counted about it.
 struct Applied {
     header: Option<CommandHeader>,
-    physical: bool,
     outcome: Outcome,
     op: Option<Op>,
     took: Duration,
@@ -226,14 +225,16 @@ impl ApplyThread {
             };
             let header = command.header;
             let op = command.request.as_ref().map(Op::from);
-            let physical = is_physical_compaction(&command);
             let changes_before = effects.changes.len();
             let outcome = state.apply(entry, command, &mut effects);
             let changed = effects.changes.len() - changes_before;
+            if entry.index <= self.recovered_index {
+                effects.compactions.clear();
+            }
             let now = began.elapsed();
             let took = now.saturating_sub(held);
             held = now;
-            applied.push(Applied { header, physical, outcome, op, took, changed });
+            applied.push(Applied { header, outcome, op, took, changed });
             if held >= LOCK_HELD_MAX {
                 break;
             }
@@ -242,12 +243,10 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_bytes());
-        if last.index > self.recovered_index {
-            for hash in std::mem::take(&mut effects.compactions) {
-                // Pinned before anything it reads can be removed.
-                let pin = self.pins.pin(hash.floor());
-                self.hashes.push(HashJob { hash, pin });
-            }
+        for hash in std::mem::take(&mut effects.compactions) {
+            // Pinned before anything it reads can be removed.
+            let pin = self.pins.pin(hash.floor());
+            self.hashes.push(HashJob { hash, pin });
         }
         drop(state);
 
@@ -269,18 +268,14 @@ impl ApplyThread {
 
     /// Tells proposers what became of their commands.
     fn answer(&self, applied: Vec<Applied>, progress: &mut Progress) {
-        for Applied { header, physical, outcome, .. } in applied {
+        for Applied { header, outcome, .. } in applied {
             if matches!(outcome, Ok(Response::Compact(_))) {
                 progress.compact_at = Some(Instant::now());
                 progress.removal.get_or_insert_with(Removal::begin);
             }
-            let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) else {
-                continue;
-            };
-            match outcome {
-                Ok(response) if physical => progress.physical.push((waiter, response)),
+            if let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) {
                 // A caller that gave up does not want to know.
-                outcome => drop(waiter.send(Ok(outcome))),
+                let _ = waiter.send(Ok(outcome));
             }
         }
     }
@@ -327,9 +322,14 @@ impl ApplyThread {
         if progress.compact_at.is_none_or(|due| due > Instant::now()) {
             return;
         }
+        // Looked up beside the readers: nobody is shut out for a step that removes nothing.
+        if self.state.read().store().is_compaction_pinned(self.floor()) {
+            progress.compact_at = Some(Instant::now() + self.pace.pause.max(PINNED_PAUSE));
+            return;
+        }
         let began = Instant::now();
         let mut state = self.state.write();
-        let floor = self.pins.lowest().unwrap_or(i64::MAX);
+        let floor = self.floor();
         let waiting = state.dirty().removed.len();
         let done = state.compact_step(floor, self.pace.keys_per_step);
         let removed = state.dirty().removed.len() - waiting;
@@ -355,10 +355,13 @@ impl ApplyThread {
                 metrics.debugging_mvcc_db_compaction_last.set(unix_seconds());
                 tracing::info!(compact_revision, ?took, records, "finished scheduled compaction");
             }
-            for (waiter, response) in progress.physical.drain(..) {
-                drop(waiter.send(Ok(Ok(response))));
-            }
+            self.published.removed_below.send_replace(compact_revision);
         }
+    }
+
+    /// What is compacted and not below this has to stay.
+    fn floor(&self) -> i64 {
+        self.pins.lowest().unwrap_or(i64::MAX)
     }
 }
 
@@ -415,6 +418,5 @@ fn unix_seconds() -> i64 {
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
-fn is_physical_compaction(command: &Command) -> bool {
-    matches!(&command.request, Some(Request::Compaction(request)) if request.physical)
-}
+#[cfg(test)]
+mod tests;

@@ -36,7 +36,7 @@ pub struct KeyValueHash {
     pub revision: i64,
 }
 
-/// A compaction that is to be hashed: begun before it took effect.
+/// A hash that is to be worked out; that of a compaction was begun before it took effect.
 pub struct HashJob {
     /// What to do.
     pub hash: HashKv,
@@ -140,7 +140,11 @@ pub fn hasher(
     (queue, work)
 }
 
-fn work_out(state: &RwLock<StateMachine>, job: HashJob) -> KeyValueHash {
+/// Works a hash out, in steps between which writes go on. Blocks.
+///
+/// It does not look at how old its pin is: it sees each key once, and asking again would take
+/// as long.
+pub fn work_out(state: &RwLock<StateMachine>, job: HashJob) -> KeyValueHash {
     let HashJob { mut hash, pin } = job;
     while !hash.step(state.read().store(), KEYS_PER_STEP) {}
     drop(pin);

@@ -4,7 +4,10 @@
 //! revision, so that physical compaction spares what it has yet to read; the logical
 //! compaction, which is what clients see, does not wait for anyone.
 //!
-//! A pin keeps superseded versions in memory, so it must end: [`PIN_MAX`] bounds it.
+//! A pin keeps superseded versions in memory, so it must end. What waits for others (a range
+//! or transaction that gives way between steps, a stream that waits for its client) looks
+//! at the clock, and ends after [`PIN_MAX`]. What does not (hashes, and the checkpoint's
+//! rewrite) takes as long as it takes to see each key once.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,8 +15,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// A read that takes longer than this is answered as compacted, rather than keep
-/// what is compacted in memory for ever.
+/// A range, stream or transaction that takes longer than this is answered as compacted,
+/// rather than keep what is compacted in memory for ever.
 pub const PIN_MAX: Duration = Duration::from_secs(60);
 
 /// All pinned revisions.

@@ -11,13 +11,16 @@ use crate::raft::Role;
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
 /// `committed`, `lone_leader`, `stopped`), by apply's (`applied`, `applied_term`,
-/// `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
+/// `removed_below`, `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.
     pub role: watch::Sender<Role>,
     /// The newest index whose entry is applied and visible.
     pub applied: watch::Sender<u64>,
+    /// The newest compact revision below which everything is removed that compaction
+    /// gave up; -1 before any.
+    pub removed_below: watch::Sender<i64>,
     /// Whether raft has ended: nothing is committed or confirmed any more.
     pub stopped: watch::Sender<bool>,
     applied_term: AtomicU64,
@@ -33,6 +36,7 @@ impl Published {
         Published {
             role: watch::Sender::new(Role::default()),
             applied: watch::Sender::new(applied),
+            removed_below: watch::Sender::new(-1),
             stopped: watch::Sender::new(false),
             applied_term: AtomicU64::new(applied_term),
             committed: AtomicU64::new(applied),

@@ -53,6 +53,22 @@ pub enum Response {
     Done,
 }
 
+impl Response {
+    /// The header, of which the revision alone is filled in. Only [`Response::Done`] has none.
+    pub fn header_mut(&mut self) -> Option<&mut Option<ResponseHeader>> {
+        match self {
+            Response::Put(response) => Some(&mut response.header),
+            Response::DeleteRange(response) => Some(&mut response.header),
+            Response::Txn(response) => Some(&mut response.header),
+            Response::Compact(response) => Some(&mut response.header),
+            Response::LeaseGrant(response) => Some(&mut response.header),
+            Response::LeaseRevoke(response) => Some(&mut response.header),
+            Response::Alarm(response) => Some(&mut response.header),
+            Response::Done => None,
+        }
+    }
+}
+
 /// A lease came or went: the leader keeps its deadline accordingly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LeaseChange {
@@ -117,6 +133,25 @@ pub struct Restored {
     pub leases: Vec<leasepb::Lease>,
     /// The keys and their history.
     pub store: Store,
+}
+
+/// The checksum of leases, members, alarms and the cluster's version.
+#[derive(Debug)]
+pub struct RestHash {
+    crc: u32,
+    bytes: usize,
+}
+
+impl RestHash {
+    /// The checksum of everything, given that of the keys.
+    pub fn after(&self, keys: u32) -> u32 {
+        crc32c::crc32c_combine(keys, self.crc, self.bytes)
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        self.crc = crc32c::crc32c_append(self.crc, bytes);
+        self.bytes += bytes.len();
+    }
 }
 
 /// See the module documentation.
@@ -188,20 +223,26 @@ impl StateMachine {
     }
 
     /// A checksum of all that members must agree on, with every version there is; what
-    /// etcd's `Hash` is for.
+    /// etcd's `Hash` is for. In one go: see [`StateMachine::hash_of_rest`] for steps.
     pub fn hash(&self) -> u32 {
-        let kv = self.store.hash_kv(self.store.revision());
-        let mut hash = crc32c::crc32c_append(kv, self.cluster_version.as_bytes());
+        self.hash_of_rest().after(self.store.hash_kv(self.store.revision()))
+    }
+
+    /// What [`StateMachine::hash`] is made of besides the keys, whose hash can be worked out
+    /// in steps ([`Store::hash_kv_begin`]).
+    pub fn hash_of_rest(&self) -> RestHash {
+        let mut rest = RestHash { crc: 0, bytes: 0 };
+        rest.add(self.cluster_version.as_bytes());
         for lease in self.lessor.iter() {
-            hash = crc32c::crc32c_append(hash, &lease.to_record().encode_to_vec());
+            rest.add(&lease.to_record().encode_to_vec());
         }
         for member in self.members.records() {
-            hash = crc32c::crc32c_append(hash, &member.encode_to_vec());
+            rest.add(&member.encode_to_vec());
         }
         for alarm in self.alarms(AlarmType::None) {
-            hash = crc32c::crc32c_append(hash, &alarm.encode_to_vec());
+            rest.add(&alarm.encode_to_vec());
         }
-        hash
+        rest
     }
 
     /// The version all members have, as `X.Y.Z`.

@@ -16,6 +16,7 @@
 //! A range over many keys holds up whoever waits for the store. [`RangeScan`] is a
 //! range in steps: between two of them the store may move on, because all of them
 //! read the same revision. The caller keeps that revision from being compacted away.
+//! [`TxnScan`] is the same for a transaction that only reads.
 
 use bytes::Bytes;
 use prost::Message;
@@ -202,28 +203,6 @@ pub fn apply_txn(
     Ok(response)
 }
 
-/// Answers a transaction that [`super::check::is_txn_read_only`] lets by the log.
-///
-/// # Errors
-/// A range of the path taken at a revision that is compacted or in the future.
-pub fn read_txn(store: &impl Reads, request: &TxnRequest) -> Result<TxnResponse, Error> {
-    let path = choose(store, request);
-    check_path(store, request, &path, &|_| true)?;
-    let responses = path.operations(request).iter().map(|op| ResponseOp {
-        response: match &op.request {
-            Some(Request::RequestRange(range)) => {
-                Some(Response::ResponseRange(range_checked(store, range)))
-            }
-            _ => None,
-        },
-    });
-    Ok(TxnResponse {
-        header: Some(revision_header(store.revision())),
-        succeeded: path.succeeded,
-        responses: responses.collect(),
-    })
-}
-
 /// Answers a range in one go.
 ///
 /// # Errors
@@ -380,6 +359,68 @@ impl RangeScan {
             kvs,
             more,
             count: i64::try_from(count).unwrap_or(i64::MAX),
+        }
+    }
+}
+
+/// A transaction that [`super::check::is_txn_read_only`] lets by the log, in steps: all its
+/// compares and ranges see the store as it is when the transaction begins.
+#[derive(Debug)]
+pub struct TxnScan {
+    header_revision: i64,
+    succeeded: bool,
+    /// The ranges of the path taken.
+    scans: Vec<RangeScan>,
+}
+
+impl TxnScan {
+    /// Carries out the compares, in one go, and begins the ranges.
+    ///
+    /// # Errors
+    /// A range of the path taken at a revision that is compacted or in the future.
+    pub fn new(store: &impl Reads, request: &TxnRequest) -> Result<TxnScan, Error> {
+        let path = choose(store, request);
+        check_path(store, request, &path, &|_| true)?;
+        let ranges = path.operations(request).iter().filter_map(|op| match &op.request {
+            Some(Request::RequestRange(range)) => Some(begin_checked(store, range)),
+            _ => None,
+        });
+        Ok(TxnScan {
+            header_revision: store.revision(),
+            succeeded: path.succeeded,
+            scans: ranges.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The oldest revision that is read. It must not be compacted away before the last step.
+    pub fn at(&self) -> i64 {
+        self.scans.iter().map(RangeScan::at).min().unwrap_or(self.header_revision)
+    }
+
+    /// Goes on for about `max_keys` keys, of which every range that is not done gets an
+    /// equal share; see [`RangeScan::step`].
+    pub fn step(&mut self, store: &impl Reads, max_keys: usize) -> Step {
+        let under_way = self.scans.iter().filter(|scan| !scan.done).count();
+        let share = max_keys / under_way.max(1);
+        let mut step = Step::Done;
+        for scan in &mut self.scans {
+            if scan.step(store, share) == Step::More {
+                step = Step::More;
+            }
+        }
+        step
+    }
+
+    /// The response, after the last step.
+    pub fn finish(self) -> TxnResponse {
+        let responses = self
+            .scans
+            .into_iter()
+            .map(|scan| ResponseOp { response: Some(Response::ResponseRange(scan.finish())) });
+        TxnResponse {
+            header: Some(revision_header(self.header_revision)),
+            succeeded: self.succeeded,
+            responses: responses.collect(),
         }
     }
 }
@@ -690,12 +731,14 @@ fn put(store: &mut impl Writes, request: &PutRequest) -> PutResponse {
 
 /// A range whose revision has passed [`check_revision`].
 fn range_checked(store: &impl Reads, request: &RangeRequest) -> RangeResponse {
+    begin_checked(store, request).map_or_else(|_| RangeResponse::default(), |scan| run(store, scan))
+}
+
+/// Begins a range whose revision has passed [`check_revision`]: that is no error.
+fn begin_checked(store: &impl Reads, request: &RangeRequest) -> Result<RangeScan, Error> {
     // Without a compact revision nothing is refused, and a revision between -1 and
     // the newest was found readable.
-    match RangeScan::new(request.clone(), store.revision(), i64::MIN) {
-        Ok(scan) => run(store, scan),
-        Err(_) => RangeResponse::default(),
-    }
+    RangeScan::new(request.clone(), store.revision(), i64::MIN)
 }
 
 fn run(store: &impl Reads, mut scan: RangeScan) -> RangeResponse {

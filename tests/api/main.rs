@@ -11,6 +11,7 @@ mod cluster;
 mod concurrency;
 mod kubernetes;
 mod lease;
+mod long_calls;
 mod rig;
 mod watch;
 mod wire;

@@ -619,13 +619,24 @@ fn a_read_only_transaction_answers_as_if_applied() {
         failure: vec![range_op(get_request("a")), range_op(RangeRequest { revision: 3, ..all() })],
     };
     let applied = apply_txn(&mut store.clone(), &request, &no_lease, Ranges::Execute);
-    assert_eq!(read_txn(&store, &request), applied);
+    for keys_per_step in [1, 2, usize::MAX] {
+        let mut scan = TxnScan::new(&store, &request).unwrap();
+        assert_eq!(scan.at(), 3);
+        // What is written between two steps is not seen.
+        let mut written = store.clone();
+        while scan.step(&written, keys_per_step) == Step::More {
+            apply_put(&mut written, &put_request("a", "new"), &no_lease).unwrap();
+            apply_put(&mut written, &put_request("z", "new"), &no_lease).unwrap();
+        }
+        assert_eq!(written.revision() > store.revision(), keys_per_step < usize::MAX);
+        assert_eq!(Ok(scan.finish()), applied);
+    }
     assert_eq!(applied.unwrap().responses.len(), 2);
     let request = TxnRequest {
         success: vec![range_op(RangeRequest { revision: 8, ..all() })],
         ..TxnRequest::default()
     };
-    assert_eq!(read_txn(&store, &request), Err(Error::FutureRevision));
+    assert_eq!(TxnScan::new(&store, &request).err(), Some(Error::FutureRevision));
 }
 
 #[test]
