@@ -289,7 +289,7 @@ impl Engine {
     /// Begins a lease's time anew. A TTL of 0 in the response: there is no such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`], [`Error::Stopped`].
+    /// [`Error::NoLeader`], [`Error::Timeout`], [`Error::Stopped`].
     pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
         self.serializable_check()?;
         let header = self.header();
@@ -304,12 +304,14 @@ impl Engine {
     /// is no such lease.
     ///
     /// # Errors
-    /// [`Error::LeaderChanged`] when this member stopped leading.
+    /// [`Error::NoLeader`] or [`Error::LeaderChanged`] when this member stopped leading;
+    /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn lease_time_to_live(
         &self,
         request: LeaseTimeToLiveRequest,
     ) -> Result<LeaseTimeToLiveResponse, Error> {
         self.parts.proposer.read_barrier().await?;
+        self.parts.leases.taken_over(&self.parts.proposer).await?;
         let id = request.id;
         let mut response = LeaseTimeToLiveResponse {
             header: Some(self.header()),
@@ -402,7 +404,7 @@ impl Engine {
         let role = *self.parts.published.role.borrow();
         let (alarms, applied, in_use) = {
             let state = self.parts.state.read();
-            let in_use = state.store().size_bytes();
+            let in_use = state.store().size_in_use_bytes();
             (state.alarms(AlarmType::None), state.applied(), in_use)
         };
         let mut errors: Vec<String> = Vec::new();

@@ -309,13 +309,18 @@ pub(super) fn value_len(kv: &[u8]) -> usize {
 /// The size of the record of `version`, a version of `key`: revision key and value.
 pub(super) fn size_bytes(key: &[u8], version: &Version) -> u64 {
     let size = if !version.is_tombstone() {
-        REVISION_KEY_BYTES + version.kv.len()
+        return record_bytes(&version.kv);
     } else if key.is_empty() {
         REVISION_KEY_BYTES + 1
     } else {
         REVISION_KEY_BYTES + 1 + 1 + prost::length_delimiter_len(key.len()) + key.len()
     };
     size as u64
+}
+
+/// The size of the record of a version that is no tombstone, from its encoded form.
+pub(super) fn record_bytes(kv: &[u8]) -> u64 {
+    (REVISION_KEY_BYTES + kv.len()) as u64
 }
 
 /// The length of a record's revision key, without a tombstone's mark.

@@ -43,7 +43,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 
 use super::chain::Chain;
-use super::record::{deletion, encode, key_within, size_bytes};
+use super::record::{deletion, encode, key_within, record_bytes, size_bytes};
 use super::tree::Tree;
 use super::{Change, KeyRange, RangeEnd, Revision, Version};
 use crate::error::Error;
@@ -69,6 +69,8 @@ pub struct Store {
     /// `counted` is complete above this main revision, as far as the history goes back.
     counted_above: i64,
     size_bytes: u64,
+    /// Of that, what no reader can see: see [`Store::size_in_use_bytes`].
+    spared_bytes: u64,
 }
 
 /// What one [`Store::compact_step`] did.
@@ -99,6 +101,7 @@ impl Store {
             counted: VecDeque::new(),
             counted_above: -1,
             size_bytes: 0,
+            spared_bytes: 0,
         }
     }
 
@@ -114,6 +117,7 @@ impl Store {
         for change in history {
             store.remember(change);
         }
+        store.spared_bytes = store.spared_by_compaction_bytes();
         store
     }
 
@@ -132,6 +136,22 @@ impl Store {
     /// record's revision key and its value. It shrinks as compaction frees memory.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// [`Store::size_bytes`] without the versions that changes exactly at the compact
+    /// revision replaced: these are there for watchers that start at it, and nobody could
+    /// free them. After a bulk delete and a compaction they are all the data there was.
+    pub fn size_in_use_bytes(&self) -> u64 {
+        self.size_bytes.saturating_sub(self.spared_bytes)
+    }
+
+    /// What the versions take that changes at the compact revision replaced. A key that was
+    /// changed twice at it, which nested transactions can do, counts twice.
+    fn spared_by_compaction_bytes(&self) -> u64 {
+        let at = self.compact_revision;
+        let from = self.history.partition_point(|change| change.revision.main < at);
+        let changes = self.history.range(from..).take_while(|change| change.revision.main == at);
+        changes.filter_map(|change| change.prev.as_deref()).map(record_bytes).sum()
     }
 
     /// How many keys exist at present.
@@ -259,6 +279,7 @@ impl Store {
             return Err(Error::FutureRevision);
         }
         self.compact_revision = revision;
+        self.spared_bytes = self.spared_by_compaction_bytes();
         Ok(())
     }
 

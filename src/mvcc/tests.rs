@@ -682,6 +682,31 @@ fn compacting_away_the_last_tombstone_keeps_the_revision() {
 }
 
 #[test]
+fn what_compaction_spares_for_watchers_is_not_in_use() {
+    let mut store = Store::new();
+    let value = "v".repeat(1000);
+    for key in ["a", "b", "c"] {
+        put(&mut store, key, &value);
+    }
+    let used = store.size_bytes();
+    assert_eq!(store.size_in_use_bytes(), used);
+    let mut write = store.write();
+    write.delete_range(&everything());
+    write.commit();
+    store.compact(5).unwrap();
+    finish_compaction(&mut store);
+    assert!(store.size_bytes() > used, "the three are there, with their tombstones");
+    assert_eq!(store.size_in_use_bytes(), store.size_bytes() - used);
+    let restored = Store::restore(store.records(), 5, 5).unwrap();
+    assert_eq!(restored.size_in_use_bytes(), store.size_in_use_bytes());
+
+    put(&mut store, "a", "1");
+    store.compact(6).unwrap();
+    finish_compaction(&mut store);
+    assert_eq!(store.size_in_use_bytes(), store.size_bytes(), "nothing was replaced at 6");
+}
+
+#[test]
 fn a_watcher_at_the_compact_revision_gets_prev_kv_after_a_restart() {
     let mut store = Store::new();
     put(&mut store, "a", "1");

@@ -242,7 +242,7 @@ impl ApplyThread {
         let revision = state.store().revision();
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
-        self.published.set_size(state.store().size_bytes());
+        self.published.set_size(state.store().size_in_use_bytes());
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.
             let pin = self.pins.pin(hash.floor());
@@ -335,7 +335,7 @@ impl ApplyThread {
         let removed = state.dirty().removed.len() - waiting;
         let compact_revision = state.store().compact_revision();
         self.checkpointer.note(&state);
-        self.published.set_size(state.store().size_bytes());
+        self.published.set_size(state.store().size_in_use_bytes());
         drop(state);
         let metrics = &self.metrics;
         metrics

@@ -54,7 +54,7 @@ impl Gauges {
             metrics.debugging_mvcc_keys_total.set(signed(store.keys_total()));
             metrics.debugging_mvcc_current_revision.set(store.revision());
             metrics.debugging_mvcc_compact_revision.set(store.compact_revision());
-            let in_use = store.size_bytes();
+            let in_use = store.size_in_use_bytes();
             metrics.mvcc_db_total_size_in_use_in_bytes.set(signed(in_use));
             let total = self.published.checkpoint_bytes().max(in_use);
             metrics.mvcc_db_total_size_in_bytes.set(signed(total));

@@ -168,6 +168,23 @@ impl LeaseClock {
         }
     }
 
+    /// Waits until every lease has its deadline, while this member leads: a moment after it
+    /// began to.
+    ///
+    /// # Errors
+    /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
+    /// [`Error::Timeout`], [`Error::Stopped`].
+    pub async fn taken_over(&self, proposer: &Proposer) -> Result<(), Error> {
+        let deadline = tokio::time::Instant::now() + proposer.request_timeout();
+        loop {
+            let changed = self.changed.subscribe();
+            if self.deadlines.lock().complete {
+                return Ok(());
+            }
+            self.wait(changed, deadline).await?;
+        }
+    }
+
     /// Waits for a change, while this member leads.
     async fn wait(
         &self,

@@ -37,6 +37,10 @@ use crate::pb::etcdserverpb::{
     DeleteRangeRequest, PutRequest, RangeRequest, RequestOp, TxnRequest,
 };
 
+/// How deep transactions may nest. A decoder of protocol buffers goes 100 messages deep, two
+/// for each transaction; in the log there is one more around them, so a transaction that
+/// could just be read from the wire could not be read from the log.
+pub const TXN_DEPTH_MAX: usize = 40;
 /// What a stored key costs beyond its key and value, in bytes, in the eyes of the quota.
 const KEY_OVERHEAD_BYTES: u64 = 256;
 /// What a lease costs, in bytes, in the eyes of the quota.
@@ -89,9 +93,10 @@ pub fn check_delete_range(request: &DeleteRangeRequest) -> Result<(), Error> {
 /// Checks a transaction with everything in it.
 ///
 /// `max_ops` bounds the compares and the operations of each branch. A nested
-/// transaction has what the one around it left over.
+/// transaction has what the one around it left over. [`TXN_DEPTH_MAX`] bounds how deep
+/// they nest.
 pub fn check_txn(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
-    check_txn_ops(request, max_ops)?;
+    check_txn_ops(request, max_ops, TXN_DEPTH_MAX)?;
     branch_changes(&request.success)?;
     branch_changes(&request.failure)?;
     Ok(())
@@ -160,7 +165,7 @@ fn both_branches(request: &TxnRequest) -> impl Iterator<Item = &RequestOp> {
 
 /// Everything about a transaction but its duplicate keys. Recursion ends because
 /// every level that contains another uses up at least one of `max_ops`.
-fn check_txn_ops(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
+fn check_txn_ops(request: &TxnRequest, max_ops: usize, depth_left: usize) -> Result<(), Error> {
     let widest = request.compare.len().max(request.success.len()).max(request.failure.len());
     let Some(budget) = max_ops.checked_sub(widest) else {
         return Err(Error::TooManyOps);
@@ -172,7 +177,9 @@ fn check_txn_ops(request: &TxnRequest, max_ops: usize) -> Result<(), Error> {
         Some(Request::RequestRange(range)) => check_range(range),
         Some(Request::RequestPut(put)) => check_put(put),
         Some(Request::RequestDeleteRange(delete)) => check_delete_range(delete),
-        Some(Request::RequestTxn(txn)) => check_txn_ops(txn, budget),
+        Some(Request::RequestTxn(txn)) => {
+            check_txn_ops(txn, budget, depth_left.checked_sub(1).ok_or(Error::TooManyOps)?)
+        }
         None => Err(Error::KeyNotFound),
     })
 }

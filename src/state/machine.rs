@@ -16,7 +16,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::members::Members;
-use super::txn::{self, Ranges};
+use super::txn;
 use crate::error::Error;
 use crate::lease::{Lease, Lessor};
 use crate::log::Mark;
@@ -312,7 +312,7 @@ impl StateMachine {
                 let lessor = &self.lessor;
                 let mut write = self.store.write();
                 let exists = |id| lessor.exists(id);
-                let mut response = txn::apply_txn(&mut write, &request, &exists, Ranges::Execute)?;
+                let mut response = txn::apply_txn(&mut write, &request, &exists)?;
                 let (revision, changes) = write.commit();
                 response.header = header(revision);
                 self.note(changes, effects);

@@ -146,16 +146,6 @@ impl Writes for WriteTxn<'_> {
     }
 }
 
-/// Whether ranges inside a transaction are carried out. They change nothing, so a
-/// member that answers nobody leaves them out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ranges {
-    /// Somebody waits for the answer.
-    Execute,
-    /// Their responses hold a header and nothing else.
-    Skip,
-}
-
 /// Carries out a put. `lease_exists` says whether there is a lease of some id.
 ///
 /// # Errors
@@ -194,11 +184,10 @@ pub fn apply_txn(
     store: &mut impl Writes,
     request: &TxnRequest,
     lease_exists: &dyn Fn(i64) -> bool,
-    ranges: Ranges,
 ) -> Result<TxnResponse, Error> {
     let path = choose(store, request);
     check_path(store, request, &path, lease_exists)?;
-    let mut response = execute(store, request, &path, ranges);
+    let mut response = execute(store, request, &path);
     response.header = Some(revision_header(store.revision()));
     Ok(response)
 }
@@ -675,29 +664,20 @@ fn check_put(
     Ok(())
 }
 
-fn execute(
-    store: &mut impl Writes,
-    request: &TxnRequest,
-    path: &Path,
-    ranges: Ranges,
-) -> TxnResponse {
+fn execute(store: &mut impl Writes, request: &TxnRequest, path: &Path) -> TxnResponse {
     let mut nested = path.nested.iter();
     let mut responses = Vec::with_capacity(path.operations(request).len());
     for op in path.operations(request) {
         let response = match &op.request {
-            Some(Request::RequestRange(range)) => Some(Response::ResponseRange(match ranges {
-                Ranges::Execute => range_checked(store, range),
-                Ranges::Skip => RangeResponse {
-                    header: Some(revision_header(store.revision())),
-                    ..RangeResponse::default()
-                },
-            })),
+            Some(Request::RequestRange(range)) => {
+                Some(Response::ResponseRange(range_checked(store, range)))
+            }
             Some(Request::RequestPut(request)) => Some(Response::ResponsePut(put(store, request))),
             Some(Request::RequestDeleteRange(delete)) => {
                 Some(Response::ResponseDeleteRange(apply_delete_range(store, delete)))
             }
             Some(Request::RequestTxn(txn)) => {
-                nested.next().map(|path| Response::ResponseTxn(execute(store, txn, path, ranges)))
+                nested.next().map(|path| Response::ResponseTxn(execute(store, txn, path)))
             }
             None => None,
         };

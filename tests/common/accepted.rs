@@ -52,6 +52,13 @@ pub(crate) const JSON_ERROR_TEXT: Accepted = Accepted {
              and another text: it comes from the JSON library.",
 };
 
+/// What a decoder of protocol buffers takes.
+pub(crate) const TXN_DEPTH: Accepted = Accepted {
+    name: "txn-depth",
+    reason: "Transactions nest up to 40 deep; deeper ones get `too many operations in txn request`, \
+             or, from 50 on, an error of the protobuf library. etcd takes as many as `--max-txn-ops`.",
+};
+
 /// Comes later.
 pub(crate) const NO_AUTHENTICATION: Accepted = Accepted {
     name: "authentication",
@@ -66,5 +73,6 @@ pub(crate) const ACCEPTED: &[&Accepted] = &[
     &HASH_KV_AFTER_RESTART,
     &DECODE_ERROR_TEXT,
     &JSON_ERROR_TEXT,
+    &TXN_DEPTH,
     &NO_AUTHENTICATION,
 ];

@@ -25,14 +25,15 @@ fn hashed(recovered_index: u64, entries: Vec<Entry>) -> usize {
     let (raft, _mailbox) = mpsc::channel();
     let (checkpoint, _checkpoints) = mpsc::channel();
     let pins = Arc::new(Pins::default());
+    let published = Arc::new(Published::new(0, 0));
     let thread = ApplyThread {
         state,
         tasks: receiver,
         raft,
-        published: Arc::new(Published::new(0, 0)),
+        published: Arc::clone(&published),
         waiters: Arc::new(Waiters::new(1, 1)),
         feed,
-        leases: Arc::default(),
+        leases: Arc::new(LeaseClock::new(published)),
         pins: Arc::clone(&pins),
         recovered_index,
         hashes,

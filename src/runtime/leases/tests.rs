@@ -139,3 +139,15 @@ async fn a_keepalive_waits_until_its_leader_has_taken_over() {
     assert_eq!(long.await.unwrap(), Ok(60));
     assert_eq!(unknown.await.unwrap(), Ok(0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn deadlines_are_asked_for_once_they_are_there() {
+    let rig = rig();
+    let (clock, proposer) = (Arc::clone(&rig.clock), Arc::clone(&rig.proposer));
+    let asked = tokio::spawn(async move { clock.taken_over(&proposer).await });
+    settle().await;
+    assert!(!asked.is_finished(), "a lease that exists has no deadline yet");
+    rig.take_over();
+    assert_eq!(asked.await.unwrap(), Ok(()));
+    assert!(rig.clock.remaining(LONG).is_some());
+}

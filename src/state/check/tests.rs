@@ -337,3 +337,29 @@ proptest! {
         prop_assert!(ends.windows(2).all(|pair| pair[0].1 < pair[1].0), "{:?}", ends);
     }
 }
+
+/// What is admitted to the log can be read from it: an entry that cannot be read ends the
+/// member, and every start after that.
+#[test]
+fn transactions_nest_no_deeper_than_the_log_can_be_read() {
+    use prost::Message as _;
+
+    use crate::pb::kvorumpb::{Command, command};
+
+    let nested = |depth: usize| {
+        let range = RangeRequest { key: "k".into(), ..RangeRequest::default() };
+        let first = RequestOp { request: Some(Request::RequestRange(range)) };
+        let txn = TxnRequest { success: vec![first], ..TxnRequest::default() };
+        (0..depth).fold(txn, |txn, _| {
+            let op = RequestOp { request: Some(Request::RequestTxn(txn)) };
+            TxnRequest { success: vec![op], ..TxnRequest::default() }
+        })
+    };
+    let deepest = nested(TXN_DEPTH_MAX);
+    assert_eq!(check_txn(&deepest, 128), Ok(()));
+    let header = Some(Default::default());
+    let command = Command { header, request: Some(command::Request::Txn(deepest)) };
+    let bytes = command.encode_to_vec();
+    assert_eq!(Command::decode(bytes.as_slice()), Ok(command));
+    assert_eq!(check_txn(&nested(TXN_DEPTH_MAX + 1), 128), Err(Error::TooManyOps));
+}

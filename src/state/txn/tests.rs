@@ -459,7 +459,7 @@ fn operations_see_the_ones_before_them() {
         ],
         ..TxnRequest::default()
     };
-    let response = apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
+    let response = apply_txn(&mut store, &request, &no_lease).unwrap();
     assert!(response.succeeded);
     assert_eq!(response.header, Some(revision_header(8)));
     let mut seen = Vec::new();
@@ -497,7 +497,7 @@ fn all_compares_see_the_state_before() {
         success: vec![put_op("a", "9"), txn_op(inner.clone()), txn_op(TxnRequest::default())],
         failure: vec![],
     };
-    let response = apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
+    let response = apply_txn(&mut store, &request, &no_lease).unwrap();
     store.commit();
     assert_eq!(pairs(&range(&store, &get_request("path")).unwrap().kvs), ["path=then"]);
     let Some(Response::ResponseTxn(nested)) = &response.responses[1].response else {
@@ -507,7 +507,7 @@ fn all_compares_see_the_state_before() {
     assert_eq!(nested.header, Some(ResponseHeader::default()), "there, and empty");
     // Now `a` is new, so the nested one takes its other branch.
     let request = TxnRequest { success: vec![txn_op(inner)], ..TxnRequest::default() };
-    apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
+    apply_txn(&mut store, &request, &no_lease).unwrap();
     assert_eq!(pairs(&range(&store, &get_request("path")).unwrap().kvs), ["path=else"]);
 }
 
@@ -533,12 +533,12 @@ fn a_transaction_that_fails_has_no_effect() {
         let mut store = before.clone();
         let request =
             TxnRequest { success: vec![put_op("a", "!"), op.clone()], ..TxnRequest::default() };
-        let outcome = apply_txn(&mut store, &request, &no_lease, Ranges::Execute);
+        let outcome = apply_txn(&mut store, &request, &no_lease);
         assert_eq!(outcome, Err(error), "{op:?}");
         assert_eq!(store, before, "{op:?}");
         // On the path not taken it does not matter.
         let request = TxnRequest { failure: vec![op], ..TxnRequest::default() };
-        assert!(apply_txn(&mut store, &request, &no_lease, Ranges::Execute).is_ok());
+        assert!(apply_txn(&mut store, &request, &no_lease).is_ok());
     }
     // A key made by the same transaction cannot be referred to.
     let request = TxnRequest {
@@ -548,7 +548,7 @@ fn a_transaction_that_fails_has_no_effect() {
         ],
         ..TxnRequest::default()
     };
-    let outcome = apply_txn(&mut before, &request, &no_lease, Ranges::Execute);
+    let outcome = apply_txn(&mut before, &request, &no_lease);
     assert_eq!(outcome, Err(Error::KeyNotFound));
 }
 
@@ -559,7 +559,7 @@ fn before_any_compaction_revision_minus_one_is_now() {
         success: vec![range_op(RangeRequest { revision: -1, ..all() })],
         ..TxnRequest::default()
     };
-    let response = apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
+    let response = apply_txn(&mut store, &request, &no_lease).unwrap();
     let Some(Response::ResponseRange(range)) = &response.responses[0].response else { panic!() };
     assert_eq!(range.count, 3);
 }
@@ -577,7 +577,7 @@ fn a_key_deleted_on_the_way_has_nothing_to_keep() {
         ..TxnRequest::default()
     };
     assert_eq!(super::super::check::check_txn(&request, 128), Ok(()));
-    apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
+    apply_txn(&mut store, &request, &no_lease).unwrap();
     assert_eq!(pairs(&range(&store, &all()).unwrap().kvs), ["b="]);
 }
 
@@ -586,23 +586,9 @@ fn reads_without_changes_leave_the_revision() {
     let mut store = sample();
     let request =
         TxnRequest { success: vec![range_op(all()), delete_op("x", "")], ..TxnRequest::default() };
-    let response = apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
+    let response = apply_txn(&mut store, &request, &no_lease).unwrap();
     assert_eq!(response.header, Some(revision_header(7)));
     assert_eq!(store, sample());
-}
-
-#[test]
-fn ranges_are_skipped_where_nobody_asked() {
-    let mut store = sample();
-    let request =
-        TxnRequest { success: vec![put_op("a", "5"), range_op(all())], ..TxnRequest::default() };
-    let mut other = store.clone();
-    let full = apply_txn(&mut store, &request, &no_lease, Ranges::Execute).unwrap();
-    let brief = apply_txn(&mut other, &request, &no_lease, Ranges::Skip).unwrap();
-    assert_eq!(store, other);
-    assert_eq!(full.responses[0], brief.responses[0]);
-    let Some(Response::ResponseRange(range)) = &brief.responses[1].response else { panic!() };
-    assert_eq!((range.header, range.count), (Some(revision_header(8)), 0));
 }
 
 #[test]
@@ -618,7 +604,7 @@ fn a_read_only_transaction_answers_as_if_applied() {
         success: vec![],
         failure: vec![range_op(get_request("a")), range_op(RangeRequest { revision: 3, ..all() })],
     };
-    let applied = apply_txn(&mut store.clone(), &request, &no_lease, Ranges::Execute);
+    let applied = apply_txn(&mut store.clone(), &request, &no_lease);
     for keys_per_step in [1, 2, usize::MAX] {
         let mut scan = TxnScan::new(&store, &request).unwrap();
         assert_eq!(scan.at(), 3);
@@ -921,10 +907,10 @@ proptest! {
         let mut plain = Plain::new();
         let lease_exists = |id| id == 1;
         for request in txns {
-            let applied = apply_txn(&mut plain, &request, &lease_exists, Ranges::Execute);
+            let applied = apply_txn(&mut plain, &request, &lease_exists);
             plain.commit();
             let mut write = store.write();
-            prop_assert_eq!(apply_txn(&mut write, &request, &lease_exists, Ranges::Execute), applied);
+            prop_assert_eq!(apply_txn(&mut write, &request, &lease_exists), applied);
             write.commit();
             prop_assert_eq!(range(&store, &all()).unwrap(), range(&plain, &all()).unwrap());
         }
