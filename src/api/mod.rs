@@ -40,6 +40,7 @@ use std::sync::Arc;
 
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
+use tonic::codec::CompressionEncoding;
 use tonic::codegen::{BoxFuture, Service as _};
 use tonic::server::NamedService;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -76,6 +77,9 @@ macro_rules! services {
                         let make: fn(Engine) -> $service = $make;
                         $server::new(make(engine.clone()))
                             .max_decoding_message_size(max_message_bytes)
+                            // Taken, as etcd does; answers are not compressed, which
+                            // would cost more than it saves.
+                            .accept_compressed(CompressionEncoding::Gzip)
                     },)+
                 }
             }

@@ -1,16 +1,21 @@
 //! What surrounds the calls: unknown methods, health, authentication, metadata.
 
+use kvorum::Config;
 use kvorum::pb::etcdserverpb::auth_client::AuthClient;
+use kvorum::pb::etcdserverpb::kv_client::KvClient;
+use kvorum::pb::etcdserverpb::request_op::Request as Op;
 use kvorum::pb::etcdserverpb::{
     AuthEnableRequest, AuthStatusRequest, AuthUserListRequest, AuthenticateRequest, RangeRequest,
+    RequestOp, TxnRequest,
 };
 use kvorum::pb::health::HealthCheckRequest;
 use kvorum::pb::health::health_check_response::ServingStatus;
 use kvorum::pb::health::health_client::HealthClient;
+use tonic::codec::CompressionEncoding;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
-use crate::rig::{Rig, get_request, refused, soon, start};
+use crate::rig::{Rig, get_request, kvs, put_op, put_request, refused, soon, start, start_with};
 
 /// Calls any method, known or not, with an empty message.
 async fn call(channel: Channel, path: &'static str) -> Result<(), Status> {
@@ -102,4 +107,52 @@ async fn all_clones_of_the_channel_reach_the_server_and_end_with_it() {
     let mut kv = kvorum::pb::etcdserverpb::kv_client::KvClient::new(rig.channel);
     let refusal = soon("an answer", kv.range(get_request("k"))).await.unwrap_err();
     assert_eq!(refusal.code(), Code::Unavailable, "{refusal:?}");
+}
+
+/// As with etcd, whose gRPC has gzip. What a message becomes counts, not what was sent.
+#[tokio::test]
+async fn requests_may_be_compressed() {
+    let rig = start().await;
+    for channel in [rig.channel.clone(), over_tcp(&rig).await] {
+        let mut kv = KvClient::new(channel).send_compressed(CompressionEncoding::Gzip);
+        kv.put(put_request("k", &"v".repeat(10_000), 0)).await.unwrap();
+        let found = kv.range(get_request("k")).await.unwrap().into_inner();
+        assert_eq!(kvs(&found)[0].value.len(), 10_000);
+        let large = kv.put(put_request("k", &"v".repeat(8 << 20), 0)).await.unwrap_err();
+        assert_eq!(large.code(), Code::ResourceExhausted, "{large}");
+        assert_eq!(kv.range(get_request("k")).await.unwrap().into_inner().kvs, found.kvs);
+    }
+}
+
+/// A transaction that nests deeper than the log can be read with would end the member, and
+/// every start after that.
+#[tokio::test]
+async fn deep_transactions_are_refused_or_outlive_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = || Config {
+        data_dir: directory.path().join("data"),
+        in_memory: false,
+        ..Config::in_memory()
+    };
+    let rig = start_with(config()).await;
+    let mut accepted = 0;
+    for depth in 30..60 {
+        let nested = (0..depth).fold(put_op("k", "v"), |op, _| {
+            let txn = TxnRequest { success: vec![op], ..TxnRequest::default() };
+            RequestOp { request: Some(Op::RequestTxn(txn)) }
+        });
+        let request = TxnRequest { success: vec![nested], ..TxnRequest::default() };
+        match rig.kv().txn(request).await {
+            Ok(_) => accepted += 1,
+            Err(status) if depth < 48 => {
+                let text = "etcdserver: too many operations in txn request";
+                refused(Err::<(), _>(status), Code::InvalidArgument, text);
+            }
+            Err(_) => {}
+        }
+    }
+    assert_eq!(accepted, 11, "depths of 30 to 40");
+    rig.server.shutdown().await.unwrap();
+    let rig = start_with(config()).await;
+    assert_eq!(rig.get("k").await.unwrap().version, accepted);
 }
