@@ -1299,3 +1299,13 @@ fn the_documentation_lists_the_table() {
         "docs/flags.md is stale: run KVORUM_UPDATE_DOCS=1 cargo test --lib config"
     );
 }
+
+#[test]
+fn an_origin_has_a_scheme() {
+    let (message, _) = refusal(&["--cors=https://example.com,foo"]);
+    assert!(message.contains("--cors") && message.contains("http or https: foo"), "{message}");
+    for origins in ["*", "https://example.com,http://localhost:8080"] {
+        let outcome = run_with(&[&format!("--cors={origins}")], &[], None);
+        assert!(matches!(outcome, Outcome::Run { .. }), "{outcome:?}");
+    }
+}

@@ -333,6 +333,17 @@ impl<'a> Check<'a> {
                 }
             }
         }
+        let origins = config.cors.iter().filter(|origin| !["", "*"].contains(&origin.as_str()));
+        for origin in origins {
+            // etcd wants a port too, and so takes no origin that a browser sends.
+            if !origin.starts_with("http://") && !origin.starts_with("https://") {
+                self.problem(
+                    "cors",
+                    format!("URL scheme must be http or https: {origin}"),
+                    "give origins as browsers send them, like https://example.com, or * for all",
+                );
+            }
+        }
         if config.listen_client_urls.is_empty() {
             self.problem(
                 "listen-client-urls",
