@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvorum::log::{Identity, Log, LogError, Options, Recovered};
+use kvorum::pb::etcdserverpb::LeaseGrantRequest;
+use kvorum::pb::etcdserverpb::lease_client::LeaseClient;
 use tempfile::TempDir;
 
 use crate::common::rng::Rng;
@@ -48,6 +50,12 @@ impl Remains {
         tokio::time::sleep(Duration::from_millis(400)).await;
         load.finish().await;
         history.verify(node.channel(), rng).await;
+        // The last record is always in doubt, and the load's last one may be most of the log.
+        let mut leases = LeaseClient::new(node.channel());
+        for _ in 0..2 {
+            let grant = LeaseGrantRequest { ttl: 1000, id: 0 };
+            leases.lease_grant(grant).await.expect("a lease");
+        }
         if killed {
             node.kill();
         } else {
