@@ -128,8 +128,11 @@ impl Rig {
         let revision = self.history.seen();
         self.history.ask_compaction(revision);
         let compaction = CompactionRequest { revision, physical: true };
-        kv.compact(compaction).await.expect("compaction goes on");
-        self.history.compacted(revision);
+        match kv.compact(compaction).await {
+            Ok(_) => self.history.compacted(revision),
+            // It went on the last time, and nothing was written since.
+            Err(status) => assert_eq!(status.code(), Code::OutOfRange, "{status}"),
+        }
         assert!(self.node.is_healthy());
         self.verify().await;
     }
