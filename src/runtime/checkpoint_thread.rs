@@ -226,6 +226,8 @@ pub struct CheckpointThread {
     pub log: Sender<LogTask>,
     /// The applied index of the checkpoint as it is on disk.
     pub durable_index: u64,
+    /// The revision that goes with it.
+    pub durable_revision: i64,
     /// Told the checkpoint's size.
     pub published: Arc<Published>,
     /// Set while a cut is under way; cleared by this thread.
@@ -319,9 +321,10 @@ impl CheckpointThread {
     ) -> Result<bool, StorageError> {
         if self.has_free(needed_bytes) && self.has_storage()? {
             let Some(storage) = self.storage.as_deref_mut() else { return Ok(false) };
-            return match records::write(storage, cut) {
+            return match records::write(storage, cut, self.durable_revision) {
                 Ok(()) => {
                     self.durable_index = cut.head.applied_index;
+                    self.durable_revision = cut.head.revision;
                     self.removed.synced();
                     self.removed.revisions.extend(&cut.dirty.removed);
                     self.delete_removed()?;
@@ -464,6 +467,7 @@ impl CheckpointThread {
         self.generations.switch()?;
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
         self.durable_index = image.head.applied_index;
+        self.durable_revision = image.head.revision;
         tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");
         Ok(next)
     }

@@ -68,13 +68,18 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
 /// Writes a cut and makes it durable. What compaction removed is not deleted yet
 /// ([`delete`]). Doing it again, after a failure, does no harm.
 ///
+/// Records up to `held`, the revision of the checkpoint's head, are in it as far as they
+/// are needed, and left out. One that was written anew is ahead of the cut's first records:
+/// it lacks those among them that compaction removed meanwhile, and a crash between a
+/// version written again and its tombstone would bring a key back.
+///
 /// Leases and head change together, in one batch that is as large as it takes: replayed
 /// over leases that are gone already, the log would leave their keys behind.
 ///
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
-pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
-    write_in_batches(storage, cut, |_| false)
+pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), StorageError> {
+    write_in_batches(storage, cut, held, |_| false)
 }
 
 /// Like [`write`], into a checkpoint that does not count yet: no batch is larger than
@@ -83,16 +88,18 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
 /// # Errors
 /// The store fails.
 pub fn fill(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
-    write_in_batches(storage, cut, Batch::is_full)
+    write_in_batches(storage, cut, 0, Batch::is_full)
 }
 
 fn write_in_batches(
     storage: &mut dyn Storage,
     cut: &Cut,
+    held: i64,
     ends_among_leases: fn(&Batch) -> bool,
 ) -> Result<(), StorageError> {
     let mut batch = Batch::new();
-    for (revision, tombstone, kv) in &cut.dirty.records {
+    let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
+    for (revision, tombstone, kv) in records {
         batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));
         if batch.is_full() {
             storage.write(std::mem::take(&mut batch))?;
@@ -148,8 +155,8 @@ pub fn delete(
 /// Everything the state holds, as a cut: what a new checkpoint begins with. Goes through
 /// the state in steps of `keys_per_step` keys, between which it may move on.
 ///
-/// What has changed since the last cut is in here, and in the next cut once more, which
-/// does no harm either.
+/// What has changed since the last cut is in here, and in the next cut once more, of which
+/// [`write()`] leaves it out.
 pub fn image(state: &RwLock<StateMachine>, pins: &Arc<Pins>, keys_per_step: usize) -> Cut {
     let (mut cut, mut records, _pin) = {
         let state = state.read();

@@ -72,6 +72,7 @@ impl Member {
 
         let fault = Fault::default();
         let shortage = Arc::new(Shortage::default());
+        let durable_revision = state.store().revision();
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_in_use_bytes());
@@ -165,6 +166,7 @@ impl Member {
             tasks: checkpoint_tasks,
             log: log_sender.clone(),
             durable_index: applied.index,
+            durable_revision,
             published: Arc::clone(&published),
             busy,
             shortage: Arc::clone(&shortage),

@@ -61,6 +61,7 @@ impl Bench {
             tasks: receiver,
             log: log_sender,
             durable_index: 0,
+            durable_revision: 0,
             published: Arc::new(Published::new(0, 0)),
             busy: Arc::default(),
             directory: None,
@@ -258,4 +259,55 @@ fn what_a_full_disk_undeletes_is_deleted_again() {
     let restored = StateMachine::restore(records::recover(storage).expect("a checkpoint"));
     assert_eq!(restored.hash(), bench.thread.state.read().hash());
     assert_eq!(restored.store().keys_total(), 1, "k was deleted");
+}
+
+/// The next checkpoint is on a disk of its own.
+struct OtherDisk(FaultyDisk);
+
+impl Generations for OtherDisk {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        Ok(Box::new(self.0.open()))
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.begin()
+    }
+
+    fn discard(&mut self) {}
+}
+
+/// A checkpoint written anew lacks what was compacted. The cut after it still has that, and
+/// a crash in the middle of writing it must not bring back a version without its tombstone.
+#[test]
+fn a_crash_after_a_rewrite_brings_no_key_back() {
+    let disk = FaultyDisk::new();
+    let storage = Some(Box::new(MemoryStorage::new()) as Box<dyn Storage>);
+    let mut bench = Bench::new(storage, Box::new(OtherDisk(disk.clone())));
+    bench.apply(1, put("k", 0));
+    // More than a batch between the version and its tombstone.
+    for index in 2..302 {
+        bench.apply(index, put("other", 0));
+    }
+    let delete = DeleteRangeRequest { key: "k".into(), ..DeleteRangeRequest::default() };
+    bench.apply(302, Request::DeleteRange(delete));
+    bench.apply(303, put("other", 0));
+    let revision = bench.thread.state.read().store().revision();
+    let request = CompactionRequest { revision, physical: false };
+    bench.apply(304, Request::Compaction(request));
+    while !bench.thread.state.write().compact_step(i64::MAX, 10) {}
+    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    bench.work();
+    assert_eq!(bench.thread.durable_index, 304);
+
+    bench.apply(305, put("other", 0));
+    disk.fail_write_after(1);
+    let cut = WaitingCut { cut: bench.cut(), reason: CutReason::Dirty, since: Instant::now() };
+    let _ = bench.thread.write(&cut);
+    disk.power_cut(1);
+    let restored = records::recover(&mut disk.open()).expect("a checkpoint");
+    assert_eq!(restored.store.keys_total(), 1, "k was deleted");
 }

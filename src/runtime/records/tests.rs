@@ -90,7 +90,7 @@ fn what_is_written_in_cuts_is_read_back() {
             for (from, to) in [(0, first), (first, end)] {
                 apply(&mut state, from, to);
                 while compacts && !state.compact_step(i64::MAX, 1) {}
-                write(&mut storage, &state.cut()).expect("written");
+                write(&mut storage, &state.cut(), 0).expect("written");
                 assert_equal(&restored(&mut storage), &state);
             }
         }
@@ -104,7 +104,7 @@ fn what_is_written_anew_is_read_back() {
     let state = RwLock::new(state);
     let image = image(&state, &Arc::default(), 1);
     let mut storage = MemoryStorage::new();
-    write(&mut storage, &image).expect("written");
+    write(&mut storage, &image, 0).expect("written");
     assert_equal(&restored(&mut storage), &state.read());
 }
 
@@ -120,13 +120,13 @@ fn a_crash_anywhere_and_the_log_lead_to_the_same_state() {
             for synced in [false, true] {
                 let disk = FaultyDisk::new();
                 let mut state = new_state();
-                write(&mut disk.open(), &state.cut()).expect("the first checkpoint");
+                write(&mut disk.open(), &state.cut(), 0).expect("the first checkpoint");
                 apply(&mut state, 0, first);
                 while !state.compact_step(i64::MAX, 100) {}
                 if !synced {
                     disk.fail_sync_after(0);
                 }
-                let written = write(&mut disk.open(), &state.cut());
+                let written = write(&mut disk.open(), &state.cut(), 0);
                 assert_eq!(written.is_ok(), synced);
                 disk.power_cut(kept);
 
@@ -176,10 +176,10 @@ fn a_crash_while_removed_records_are_deleted_brings_no_key_back() {
     let revision = state.store().revision();
     apply(&mut state, Request::Compaction(CompactionRequest { revision, physical: false }));
     let mut storage = MemoryStorage::new();
-    write(&mut storage, &state.cut()).expect("written");
+    write(&mut storage, &state.cut(), 0).expect("written");
     while !state.compact_step(i64::MAX, 10) {}
     let cut = state.cut();
-    write(&mut storage, &cut).expect("written");
+    write(&mut storage, &cut, 0).expect("written");
     assert_eq!(cut.dirty.removed.len(), 2 * KEYS + 1);
     let mut removed = cut.dirty.removed.into_iter();
     while delete(&mut storage, &mut removed).expect("deleted") > 0 {
