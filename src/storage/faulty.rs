@@ -30,6 +30,8 @@ struct Disk {
     syncs_left: Option<u64>,
     /// A write or sync has failed since the last power cut.
     failed: bool,
+    /// What fails does so for want of space.
+    full: bool,
 }
 
 impl FaultyDisk {
@@ -47,6 +49,14 @@ impl FaultyDisk {
     /// follows until a power cut. The failing write may have reached the disk or not.
     pub fn fail_write_after(&self, count: u64) {
         self.0.lock().writes_left = Some(count);
+    }
+
+    /// Like [`FaultyDisk::fail_write_after`], because there is no space left: a storage that
+    /// has failed may be opened anew.
+    pub fn fill_after(&self, count: u64) {
+        let mut disk = self.0.lock();
+        disk.writes_left = Some(count);
+        disk.full = true;
     }
 
     /// Lets `count` more syncs succeed and the one after fail, and with it all that
@@ -107,7 +117,7 @@ impl Storage for FaultyStorage {
             disk.failed = fails;
             disk.unsynced.push(batch.clone());
             if fails {
-                return Err(fault("write"));
+                return Err(fault("write", disk.full));
             }
             disk.current.apply(batch);
             Ok(())
@@ -118,7 +128,7 @@ impl Storage for FaultyStorage {
         self.with_disk(|disk| {
             if is_used_up(&mut disk.syncs_left) {
                 disk.failed = true;
-                return Err(fault("sync"));
+                return Err(fault("sync", disk.full));
             }
             disk.unsynced.clear();
             disk.synced = disk.current.clone();
@@ -143,7 +153,7 @@ impl Storage for FaultyStorage {
     }
 
     fn may_be_reopened(&mut self) -> bool {
-        false
+        self.disk.lock().full
     }
 
     fn size_on_disk(&self) -> Result<u64, StorageError> {
@@ -163,8 +173,10 @@ fn is_used_up(left: &mut Option<u64>) -> bool {
     }
 }
 
-fn fault(action: &'static str) -> StorageError {
-    StorageError::Io { dir: dir(), action, source: io::Error::other("fault ordered by a test") }
+fn fault(action: &'static str, full: bool) -> StorageError {
+    let kind = if full { io::ErrorKind::StorageFull } else { io::ErrorKind::Other };
+    let source = io::Error::new(kind, "fault ordered by a test");
+    StorageError::Io { dir: dir(), action, source }
 }
 
 fn dir() -> PathBuf {

@@ -2,8 +2,6 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc;
 
-use bytes::Bytes;
-
 use super::*;
 use crate::pb::etcdserverpb::{
     CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, LeaseRevokeRequest, PutRequest,
@@ -11,16 +9,15 @@ use crate::pb::etcdserverpb::{
 use crate::pb::kvorumpb::{Command, command::Request};
 use crate::state::Effects;
 use crate::state::members::Members;
-use crate::storage::{
-    Batch, FaultyDisk, FaultyStorage, MemoryGenerations, MemoryStorage, Table, Visit,
-};
+use crate::storage::{FaultyDisk, MemoryGenerations, MemoryStorage};
 
 /// No checkpoint can be begun: the disk is full.
 struct FullDisk;
 
 impl Generations for FullDisk {
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        Err(full())
+        let source = io::Error::from(io::ErrorKind::StorageFull);
+        Err(StorageError::Io { dir: PathBuf::from("(full)"), action: "write", source })
     }
 
     fn switch(&mut self) -> Result<(), StorageError> {
@@ -32,11 +29,6 @@ impl Generations for FullDisk {
     }
 
     fn discard(&mut self) {}
-}
-
-fn full() -> StorageError {
-    let source = io::Error::from(io::ErrorKind::StorageFull);
-    StorageError::Io { dir: PathBuf::from("(full)"), action: "write", source }
 }
 
 /// A checkpoint thread that is not running, with what it is told through and tells.
@@ -159,47 +151,12 @@ fn a_cut_older_than_a_rewrite_is_not_written() {
     assert_eq!(restored.hash(), bench.thread.state.read().hash());
 }
 
-/// A store that fails because its disk is full, and may be opened anew.
-struct Filling(FaultyStorage);
-
-impl Storage for Filling {
-    fn write(&mut self, batch: Batch) -> Result<(), StorageError> {
-        self.0.write(batch).map_err(|_| full())
-    }
-
-    fn sync(&mut self) -> Result<(), StorageError> {
-        self.0.sync().map_err(|_| full())
-    }
-
-    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        self.0.get(table, key)
-    }
-
-    fn scan(
-        &self,
-        table: Table,
-        from: &[u8],
-        to: &[u8],
-        visit: &mut Visit<'_>,
-    ) -> Result<(), StorageError> {
-        self.0.scan(table, from, to, visit)
-    }
-
-    fn may_be_reopened(&mut self) -> bool {
-        true
-    }
-
-    fn size_on_disk(&self) -> Result<u64, StorageError> {
-        self.0.size_on_disk()
-    }
-}
-
-/// What is opened anew has lost everything that was not synced.
+/// Checkpoints on one disk. What is opened anew has lost everything that was not synced.
 struct LosingGenerations(FaultyDisk);
 
 impl Generations for LosingGenerations {
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        Err(full())
+        Ok(Box::new(self.0.open()))
     }
 
     fn switch(&mut self) -> Result<(), StorageError> {
@@ -208,7 +165,7 @@ impl Generations for LosingGenerations {
 
     fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         self.0.power_cut(0);
-        Ok(Box::new(Filling(self.0.open())))
+        self.begin()
     }
 
     fn discard(&mut self) {}
@@ -220,7 +177,7 @@ impl Generations for LosingGenerations {
 #[test]
 fn what_a_full_disk_undeletes_is_deleted_again() {
     let disk = FaultyDisk::new();
-    let storage = Some(Box::new(Filling(disk.open())) as Box<dyn Storage>);
+    let storage = Some(Box::new(disk.open()) as Box<dyn Storage>);
     let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
     let compact = |bench: &Bench, index, revision| {
         let request = CompactionRequest { revision, physical: false };
@@ -243,7 +200,7 @@ fn what_a_full_disk_undeletes_is_deleted_again() {
     assert!(bench.thread.write(&cut).unwrap());
     assert_eq!(disk.unsynced_writes(), 1, "the first version of k is deleted, not durably");
 
-    disk.fail_write_after(0);
+    disk.fill_after(0);
     bench.apply(5, put("other", 0));
     let cut = waiting(&bench);
     assert!(!bench.thread.write(&cut).unwrap(), "the disk is full");
@@ -261,32 +218,13 @@ fn what_a_full_disk_undeletes_is_deleted_again() {
     assert_eq!(restored.store().keys_total(), 1, "k was deleted");
 }
 
-/// The next checkpoint is on a disk of its own.
-struct OtherDisk(FaultyDisk);
-
-impl Generations for OtherDisk {
-    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        Ok(Box::new(self.0.open()))
-    }
-
-    fn switch(&mut self) -> Result<(), StorageError> {
-        Ok(())
-    }
-
-    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        self.begin()
-    }
-
-    fn discard(&mut self) {}
-}
-
 /// A checkpoint written anew lacks what was compacted. The cut after it still has that, and
 /// a crash in the middle of writing it must not bring back a version without its tombstone.
 #[test]
 fn a_crash_after_a_rewrite_brings_no_key_back() {
     let disk = FaultyDisk::new();
     let storage = Some(Box::new(MemoryStorage::new()) as Box<dyn Storage>);
-    let mut bench = Bench::new(storage, Box::new(OtherDisk(disk.clone())));
+    let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
     bench.apply(1, put("k", 0));
     // More than a batch between the version and its tombstone.
     for index in 2..302 {
