@@ -446,8 +446,7 @@ impl Engine {
         let (job, rest) = {
             let state = self.parts.state.read();
             let hash = state.store().hash_kv_begin(state.store().revision());
-            let pin = self.parts.pins.pin(hash.floor());
-            (HashJob { hash, pin }, state.hash_of_rest())
+            (HashJob::new(hash, &self.parts.pins), state.hash_of_rest())
         };
         let keys = self.work_out(job).await?;
         Ok(HashResponse { header: Some(self.header()), hash: rest.after(keys.hash) })
@@ -485,9 +484,7 @@ impl Engine {
             if at > store.revision() {
                 return Err(Error::FutureRevision);
             }
-            let hash = store.hash_kv_begin(at);
-            let pin = self.parts.pins.pin(hash.floor());
-            HashJob { hash, pin }
+            HashJob::new(store.hash_kv_begin(at), &self.parts.pins)
         };
         self.work_out(job).await
     }

@@ -295,7 +295,7 @@ async fn first_message(
 
 fn to_proto(input: &MessageDescriptor, json: &[u8]) -> Result<Bytes, Status> {
     let invalid = |error| Status::invalid_argument(format!("proto: {error}"));
-    let unique = Unique { message: Some(input.clone()) };
+    let unique = Unique { message: input.clone() };
     unique.deserialize(&mut serde_json::Deserializer::from_slice(json)).map_err(invalid)?;
     let options = DeserializeOptions::new().deny_unknown_fields(false);
     let mut json = serde_json::Deserializer::from_slice(json);

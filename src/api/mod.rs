@@ -34,6 +34,7 @@ pub mod status;
 pub mod tls;
 mod until_stopped;
 mod watch;
+mod writes_pass;
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -227,12 +227,17 @@ pub(super) fn continuation(place: Place) -> [u8; 2 * RECORD_HEADER] {
         fields.put_u32_le(0);
         fields.put_u64_le(place.offset);
         fields.put_u32_le(crc32c::crc32c(&[]));
-        let checksum = header_checksum(header, place);
-        if let Some(field) = header.last_chunk_mut::<4>() {
-            *field = checksum.to_le_bytes();
-        }
+        complete_header(header, place);
     }
     bytes
+}
+
+/// Puts the checksum into a header that is otherwise done.
+fn complete_header(header: &mut [u8; RECORD_HEADER], place: Place) {
+    let checksum = header_checksum(header, place);
+    if let Some(field) = header.last_chunk_mut::<4>() {
+        *field = checksum.to_le_bytes();
+    }
 }
 
 /// Of the header but for its last four bytes, and of where it stands.
@@ -345,10 +350,7 @@ impl Batch {
             if let Some(field) = header.get_mut(8..16) {
                 field.copy_from_slice(&synced.to_le_bytes());
             }
-            let checksum = header_checksum(header, Place { offset, ..place });
-            if let Some(field) = header.last_chunk_mut::<4>() {
-                *field = checksum.to_le_bytes();
-            }
+            complete_header(header, Place { offset, ..place });
             let length = header.get(4..8).map_or(0, |mut field| field.get_u32_le()) as usize;
             offset += (RECORD_HEADER + length) as u64;
             rest = tail.get_mut(length..).unwrap_or_default();

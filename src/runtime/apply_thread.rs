@@ -245,8 +245,7 @@ impl ApplyThread {
         self.published.set_size(state.store().size_in_use_bytes());
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.
-            let pin = self.pins.pin(hash.floor());
-            self.hashes.push(HashJob { hash, pin });
+            self.hashes.push(HashJob::new(hash, &self.pins));
         }
         drop(state);
 

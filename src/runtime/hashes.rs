@@ -14,7 +14,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch};
 
-use super::pins::Pin;
+use super::pins::{Pin, Pins};
 use crate::mvcc::HashKv;
 use crate::state::StateMachine;
 
@@ -38,10 +38,17 @@ pub struct KeyValueHash {
 
 /// A hash that is to be worked out; that of a compaction was begun before it took effect.
 pub struct HashJob {
-    /// What to do.
-    pub hash: HashKv,
+    hash: HashKv,
     /// Keeps what the hash reads.
-    pub pin: Pin,
+    pin: Pin,
+}
+
+impl HashJob {
+    /// To be called in the hold of the state's lock in which the hash was begun.
+    pub fn new(hash: HashKv, pins: &Arc<Pins>) -> HashJob {
+        let pin = pins.pin(hash.floor());
+        HashJob { hash, pin }
+    }
 }
 
 /// The last hashes.
@@ -154,7 +161,6 @@ pub fn work_out(state: &RwLock<StateMachine>, job: HashJob) -> KeyValueHash {
 
 #[cfg(test)]
 mod tests {
-    use super::super::pins::Pins;
     use super::*;
     use crate::mvcc::Store;
 
@@ -186,7 +192,7 @@ mod tests {
         let pins = Arc::new(Pins::default());
         for revision in [1, 2] {
             let hash = Store::new().compaction_hash_begin(revision);
-            queue.push(HashJob { hash, pin: pins.pin(revision) });
+            queue.push(HashJob::new(hash, &pins));
         }
         assert_eq!(hashes.get(2).await, None, "the queue was full");
         assert_eq!(pins.readers(), 1);

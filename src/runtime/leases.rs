@@ -142,10 +142,8 @@ impl LeaseClock {
     /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
     /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
-        let deadline = tokio::time::Instant::now() + proposer.request_timeout();
+        let mut waiting = None;
         loop {
-            // Before it looks, so that it misses nothing that happens after.
-            let changed = self.changed.subscribe();
             let (renewal, complete) = {
                 let mut deadlines = self.deadlines.lock();
                 (deadlines.expiry.renew(id, self.now()), deadlines.complete)
@@ -153,9 +151,12 @@ impl LeaseClock {
             match renewal {
                 Renewal::Renewed { ttl_secs } => return Ok(ttl_secs),
                 Renewal::NotFound if complete => return Ok(0),
-                Renewal::NotFound | Renewal::NotPrimary | Renewal::Expired => {
-                    self.wait(changed, deadline).await?;
-                }
+                Renewal::NotFound | Renewal::NotPrimary | Renewal::Expired => match &mut waiting {
+                    // Most keepalives need not wait; one that does looks once more first,
+                    // so that it misses nothing.
+                    None => waiting = Some(self.waiting(proposer)),
+                    Some(waiting) => self.wait(waiting).await?,
+                },
                 Renewal::CommitFirst { token } => {
                     // The log says that little is left. A later leader must not
                     // believe that once this keepalive is acknowledged.
@@ -175,31 +176,36 @@ impl LeaseClock {
     /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
     /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn taken_over(&self, proposer: &Proposer) -> Result<(), Error> {
-        let deadline = tokio::time::Instant::now() + proposer.request_timeout();
-        loop {
-            let changed = self.changed.subscribe();
-            if self.deadlines.lock().complete {
-                return Ok(());
-            }
-            self.wait(changed, deadline).await?;
+        let mut waiting = self.waiting(proposer);
+        while !self.deadlines.lock().complete {
+            self.wait(&mut waiting).await?;
         }
+        Ok(())
     }
 
-    /// Waits for a change, while this member leads.
-    async fn wait(
-        &self,
-        mut changed: watch::Receiver<()>,
-        deadline: tokio::time::Instant,
-    ) -> Result<(), Error> {
+    /// To wait from now on for changes, no longer than a request may take.
+    fn waiting(&self, proposer: &Proposer) -> Waiting {
+        let until = tokio::time::Instant::now() + proposer.request_timeout();
+        Waiting { changed: self.changed.subscribe(), until }
+    }
+
+    /// Waits for a change that `waiting` has not seen, while this member leads.
+    async fn wait(&self, waiting: &mut Waiting) -> Result<(), Error> {
         let mut role = self.published.role.subscribe();
         let mut stopped = self.published.stopped.subscribe();
         tokio::select! {
-            seen = changed.changed() => seen.map_err(|_| Error::Stopped),
+            seen = waiting.changed.changed() => seen.map_err(|_| Error::Stopped),
             _ = role.wait_for(|role| !role.is_leader) => Err(Error::NoLeader),
             _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
-            () = tokio::time::sleep_until(deadline) => Err(Error::Timeout),
+            () = tokio::time::sleep_until(waiting.until) => Err(Error::Timeout),
         }
     }
+}
+
+/// Somebody who waits for the deadlines to change.
+struct Waiting {
+    changed: watch::Receiver<()>,
+    until: tokio::time::Instant,
 }
 
 /// What the duty below works with.

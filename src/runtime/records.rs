@@ -79,7 +79,7 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
 pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), StorageError> {
-    write_in_batches(storage, cut, held, |_| false)
+    write_in_batches(storage, cut, held, false)
 }
 
 /// Like [`write`], into a checkpoint that does not count yet: no batch is larger than
@@ -88,14 +88,14 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), Stor
 /// # Errors
 /// The store fails.
 pub fn fill(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
-    write_in_batches(storage, cut, 0, Batch::is_full)
+    write_in_batches(storage, cut, 0, true)
 }
 
 fn write_in_batches(
     storage: &mut dyn Storage,
     cut: &Cut,
     held: i64,
-    ends_among_leases: fn(&Batch) -> bool,
+    splits_leases: bool,
 ) -> Result<(), StorageError> {
     let mut batch = Batch::new();
     let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
@@ -111,7 +111,7 @@ fn write_in_batches(
             Some(lease) => batch.put(Table::Lease, id, lease.encode_to_vec()),
             None => batch.delete(Table::Lease, id),
         }
-        if ends_among_leases(&batch) {
+        if splits_leases && batch.is_full() {
             storage.write(std::mem::take(&mut batch))?;
         }
     }
@@ -184,27 +184,21 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     let head: CheckpointHead = decode(Table::Head, head)?;
     let mut mvcc = Vec::new();
     let mut leftovers = Vec::new();
-    let mut bad = None;
-    storage.scan(Table::Mvcc, b"", b"", &mut |key, mut value| {
-        let reason = match revision(key) {
-            None => "its key is no revision",
-            Some(revision) if revision.main > head.revision => {
-                leftovers.push(revision);
-                return ControlFlow::Continue(());
-            }
-            Some(_) if value.is_empty() => "it is empty",
-            Some(revision) => {
-                let tombstone = value.split_to(1).first() == Some(&1);
-                mvcc.push((revision, tombstone, value));
-                return ControlFlow::Continue(());
-            }
-        };
-        bad = Some(RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() });
-        ControlFlow::Break(())
+    for_each(storage, Table::Mvcc, |key, mut value| {
+        let bad =
+            |reason: &str| RecoverError::Record { table: Table::Mvcc, reason: reason.to_owned() };
+        let revision = revision(key).ok_or_else(|| bad("its key is no revision"))?;
+        if revision.main > head.revision {
+            leftovers.push(revision);
+            return Ok(());
+        }
+        if value.is_empty() {
+            return Err(bad("it is empty"));
+        }
+        let tombstone = value.split_to(1).first() == Some(&1);
+        mvcc.push((revision, tombstone, value));
+        Ok(())
     })?;
-    if let Some(bad) = bad {
-        return Err(bad);
-    }
     let mut leftovers = leftovers.into_iter();
     while delete(storage, &mut leftovers)? > 0 {}
     let store = Store::restore(mvcc, head.revision, head.compact_revision)
@@ -214,16 +208,30 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     Ok(Restored { head, members, leases, store })
 }
 
+/// Shows `visit` all records of a table, until it fails.
+fn for_each(
+    storage: &dyn Storage,
+    table: Table,
+    mut visit: impl FnMut(&[u8], Bytes) -> Result<(), RecoverError>,
+) -> Result<(), RecoverError> {
+    let mut visited = Ok(());
+    storage.scan(table, b"", b"", &mut |key, value| {
+        visited = visit(key, value);
+        if visited.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    visited
+}
+
 fn decode_all<M: Message + Default>(
     storage: &dyn Storage,
     table: Table,
 ) -> Result<Vec<M>, RecoverError> {
     let mut found = Vec::new();
-    storage.scan(table, b"", b"", &mut |_, value| {
-        found.push(decode(table, value));
-        ControlFlow::Continue(())
+    for_each(storage, table, |_, value| {
+        found.push(decode(table, value)?);
+        Ok(())
     })?;
-    found.into_iter().collect()
+    Ok(found)
 }
 
 fn decode<M: Message + Default>(table: Table, value: Bytes) -> Result<M, RecoverError> {

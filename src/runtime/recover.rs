@@ -242,7 +242,7 @@ impl OnDisk<'_> {
             return Err(OpenError::BegunForAnother(self.data_dir.to_owned()));
         }
         let (mut generations, mut storage) = DiskGenerations::begin_first(&self.member_dir)?;
-        records::write(&mut storage, &state.cut(), 0)?;
+        records::fill(&mut storage, &state.cut())?;
         generations.switch()?;
         Ok(Recovery {
             start: start(&state, recovered),
@@ -313,7 +313,7 @@ impl OnDisk<'_> {
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::new();
     let mut state = first_state(bootstrap)?;
-    records::write(&mut storage, &state.cut(), 0)?;
+    records::fill(&mut storage, &state.cut())?;
     let identity = identity(&state);
     let (log, recovered) = MemoryLog::open(&MemoryDisk::new(identity));
     Ok(Recovery {

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use crate::common::rng::Rng;
 use crate::history::History;
 use crate::load::{Load, Mix};
-use crate::node::{Node, POLL};
+use crate::node::Node;
 use crate::{seeded, setting, watcher};
 
 /// Damaged copies that the server is started on in an ordinary run, for each kind of
@@ -176,13 +176,7 @@ fn open_log(dir: &Path) -> Result<Recovered, LogError> {
     let identity = Identity::default();
     let options =
         Options { dir: dir.to_owned(), segment_bytes: 1 << 20, fsync: false, identity, reaches: 0 };
-    loop {
-        match Log::open(options.clone()).map(|(_, recovered)| recovered) {
-            // A process that another test is starting has inherited the lock for a moment.
-            Err(LogError::Locked { .. }) => std::thread::sleep(POLL),
-            opened => return opened,
-        }
-    }
+    Log::open(options).map(|(_, recovered)| recovered)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

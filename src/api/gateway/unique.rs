@@ -8,34 +8,20 @@ use std::borrow::Cow;
 use std::collections::HashSet;
 use std::fmt;
 
-use prost_reflect::{FieldDescriptor, Kind, MessageDescriptor};
+use prost_reflect::{Kind, MessageDescriptor};
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// Reads JSON for a message of `message`, or with `None` for anything else, and fails on a
-/// field that is there twice. All else it takes: it is checked when the message is made.
+/// Reads JSON for a message and fails on a field that is there twice. All else it takes: it
+/// is checked when the message is made.
 pub(super) struct Unique {
-    pub(super) message: Option<MessageDescriptor>,
-}
-
-impl Unique {
-    /// For the value of a field, or for one of its values.
-    fn of(field: Option<&FieldDescriptor>) -> Unique {
-        let message = match field.filter(|field| !field.is_map()).map(FieldDescriptor::kind) {
-            Some(Kind::Message(message)) => Some(message),
-            _ => None,
-        };
-        Unique { message }
-    }
+    pub(super) message: MessageDescriptor,
 }
 
 impl<'de> DeserializeSeed<'de> for Unique {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<(), D::Error> {
-        match self.message {
-            Some(_) => json.deserialize_any(self),
-            None => json.deserialize_ignored_any(IgnoredAny).map(drop),
-        }
+        json.deserialize_any(self)
     }
 }
 
@@ -49,15 +35,18 @@ impl<'de> Visitor<'de> for Unique {
     fn visit_map<M: MapAccess<'de>>(self, mut fields: M) -> Result<(), M::Error> {
         let mut seen = HashSet::new();
         while let Some(name) = fields.next_key::<Cow<'_, str>>()? {
-            let field = self.message.as_ref().and_then(|message| {
-                message.get_field_by_json_name(&name).or_else(|| message.get_field_by_name(&name))
-            });
+            let message = &self.message;
+            let field =
+                message.get_field_by_json_name(&name).or_else(|| message.get_field_by_name(&name));
             if let Some(field) = &field
                 && !seen.insert(field.number())
             {
                 return Err(M::Error::custom(format!("duplicate field {name:?}")));
             }
-            fields.next_value_seed(Unique::of(field.as_ref()))?;
+            match field.filter(|field| !field.is_map()).map(|field| field.kind()) {
+                Some(Kind::Message(message)) => fields.next_value_seed(Unique { message })?,
+                _ => drop(fields.next_value::<IgnoredAny>()?),
+            }
         }
         Ok(())
     }
