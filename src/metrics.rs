@@ -689,7 +689,7 @@ impl From<&Request> for Op {
             Request::LeaseRevoke(_) | Request::LeaseExpire(_) => Op::LeaseRevoke,
             Request::LeaseCheckpoint(_) => Op::LeaseCheckpoint,
             Request::Alarm(_) => Op::Alarm,
-            Request::MemberPublish(_) => Op::ClusterMemberAttrSet,
+            Request::MemberPublish(_) | Request::MemberChange(_) => Op::ClusterMemberAttrSet,
         }
     }
 }

@@ -348,6 +348,7 @@ impl StateMachine {
             // A leader of an earlier term decided this; it is not its to decide now.
             Request::AutoCompact(_) | Request::LeaseExpire(_) => Ok(Response::Done),
             Request::Alarm(request) => Ok(Response::Alarm(self.alarm(request))),
+            Request::MemberChange(_) => Ok(Response::Done),
             Request::MemberPublish(request) => {
                 self.members.publish(request.id, request.name, request.client_urls);
                 self.dirty.rest = true;
@@ -389,6 +390,8 @@ impl StateMachine {
             member_id: self.member_id,
             cluster_version: self.cluster_version.clone(),
             alarms: self.alarms(AlarmType::None),
+            removed_members: Vec::new(),
+            installed: false,
         }
     }
 
@@ -488,7 +491,10 @@ fn is_refused_when_corrupt(request: &Request) -> bool {
         | Request::LeaseGrant(_)
         | Request::LeaseRevoke(_)
         | Request::LeaseExpire(_) => true,
-        Request::LeaseCheckpoint(_) | Request::Alarm(_) | Request::MemberPublish(_) => false,
+        Request::LeaseCheckpoint(_)
+        | Request::Alarm(_)
+        | Request::MemberPublish(_)
+        | Request::MemberChange(_) => false,
     }
 }
 
