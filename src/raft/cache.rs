@@ -5,10 +5,12 @@
 //!
 //! It holds what is not applied yet, which the engine's admission bounds, and of what is
 //! applied the last entries for a member that is a little behind: at most
-//! `--snapshot-catchup-entries` of them and [`APPLIED_BYTES_MAX`]. The log on disk
-//! reaches further back; it is read when the member starts.
+//! `--snapshot-catchup-entries` of them and [`APPLIED_BYTES_MAX`]. A member that is further
+//! behind gets a snapshot, although the log on disk may reach further back: that is read
+//! when the member starts, and not beside it.
 
-use std::collections::VecDeque;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use raft::eraftpb::{self, ConfState, EntryType, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError, util};
@@ -16,8 +18,10 @@ use raft::{GetEntriesContext, RaftState, Storage, StorageError, util};
 use super::Configuration;
 use crate::log::{Entry, HardState, Mark};
 
-/// Applied entries are kept up to this many bytes.
-const APPLIED_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Applied entries are kept up to this many bytes in a cluster.
+const APPLIED_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Nobody catches up with a lone member: as many bytes may help one that is about to join.
+const APPLIED_BYTES_MAX_ALONE: usize = 4 * 1024 * 1024;
 
 /// Entries `start.index + 1 ..= last_index()`, and the newest hard state.
 pub struct LogCache {
@@ -27,6 +31,11 @@ pub struct LogCache {
     entries: VecDeque<eraftpb::Entry>,
     hard_state: HardState,
     configuration: ConfState,
+    /// Snapshots that can be sent, by member.
+    offers: BTreeMap<u64, (Mark, ConfState)>,
+    /// Members that raft would send a snapshot if there were one. Raft asks through a shared
+    /// reference.
+    wanted: RefCell<BTreeSet<u64>>,
 }
 
 impl LogCache {
@@ -38,9 +47,34 @@ impl LogCache {
     ) -> LogCache {
         let entries: VecDeque<_> = entries.iter().map(to_raft).collect();
         let bytes = entries.iter().map(size).sum();
-        let configuration =
-            ConfState::from((configuration.voters.clone(), configuration.learners.clone()));
-        LogCache { start, bytes, entries, hard_state, configuration }
+        let configuration = conf_state(configuration);
+        LogCache {
+            start,
+            bytes,
+            entries,
+            hard_state,
+            configuration,
+            offers: BTreeMap::new(),
+            wanted: RefCell::default(),
+        }
+    }
+
+    /// A snapshot takes the place of everything.
+    pub(super) fn reset(&mut self, start: Mark, configuration: ConfState) {
+        self.start = start;
+        self.bytes = 0;
+        self.entries.clear();
+        self.configuration = configuration;
+        self.offers.clear();
+    }
+
+    pub(super) fn offer_snapshot(&mut self, to: u64, mark: Mark, configuration: &Configuration) {
+        self.offers.insert(to, (mark, conf_state(configuration)));
+    }
+
+    /// Members that raft wanted to send a snapshot, and had none to send.
+    pub(super) fn take_wanted(&mut self) -> Vec<u64> {
+        std::mem::take(self.wanted.get_mut()).into_iter().collect()
     }
 
     pub(super) fn last_index(&self) -> u64 {
@@ -73,9 +107,11 @@ impl LogCache {
     /// Entries up to `applied` are applied: forgets all but the last `keep` of them, and
     /// those that are too many bytes.
     pub(super) fn forget_applied(&mut self, applied: u64, keep: u64) {
+        let alone = self.configuration.voters.len() + self.configuration.learners.len() <= 1;
+        let bytes_max = if alone { APPLIED_BYTES_MAX_ALONE } else { APPLIED_BYTES_MAX };
         while let Some(first) = self.entries.front()
             && first.index < applied
-            && (first.index + keep <= applied || self.bytes > APPLIED_BYTES_MAX)
+            && (first.index + keep <= applied || self.bytes > bytes_max)
         {
             self.start = Mark { index: first.index, term: first.term };
             self.bytes -= size(first);
@@ -136,9 +172,29 @@ impl Storage for LogCache {
         Ok(LogCache::last_index(self))
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    /// What is sent is only which snapshot; the image goes another way. It has to reach as
+    /// far as the log held here begins, or nothing could follow it.
+    fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
+        let reaches = self.start.index.max(request_index);
+        match self.offers.get(&to) {
+            Some((mark, configuration)) if mark.index >= reaches => {
+                let mut snapshot = Snapshot::default();
+                let metadata = snapshot.mut_metadata();
+                metadata.index = mark.index;
+                metadata.term = mark.term;
+                metadata.set_conf_state(configuration.clone());
+                Ok(snapshot)
+            }
+            _ => {
+                self.wanted.borrow_mut().insert(to);
+                Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+            }
+        }
     }
+}
+
+fn conf_state(configuration: &Configuration) -> ConfState {
+    ConfState::from((configuration.voters.clone(), configuration.learners.clone()))
 }
 
 fn size(entry: &eraftpb::Entry) -> usize {
@@ -168,9 +224,7 @@ pub(super) fn from_raft(entry: eraftpb::Entry) -> Entry {
 
 /// Only this module writes kinds, so an unknown one cannot come from the log.
 fn entry_type(kind: u8) -> EntryType {
-    if kind == EntryType::EntryConfChange as u8 {
-        EntryType::EntryConfChange
-    } else if kind == EntryType::EntryConfChangeV2 as u8 {
+    if kind == EntryType::EntryConfChangeV2 as u8 {
         EntryType::EntryConfChangeV2
     } else {
         EntryType::EntryNormal

@@ -5,33 +5,44 @@
 //! comes out of [`Node::effects`] as values that the caller carries out:
 //!
 //! ```text
-//!   tick / propose / read_index / persisted / applied
+//!   tick / step / propose / read_index / persisted / applied
 //!                        │
-//!                     ┌──▼───┐  effects()   append   → log thread, then persisted(number)
-//!                     │ Node │ ──────────▶  committed → apply thread, then applied(index)
-//!                     └──────┘              reads     → whoever waits for that context
-//!                                           role      → published
+//!                     ┌──▼───┐  effects()   role      → published
+//!                     │ Node │ ──────────▶  messages  → other members
+//!                     └──────┘              append    → log thread, then persisted(number)
+//!                                           committed → apply thread, then applied(index)
+//!                                           reads     → whoever waits for that context
+//!                                           snapshot  → checkpoint thread, then persisted(number)
 //! ```
 //!
 //! Invariants:
-//! * `Node` has no thread, clock, socket or file. A tick is whatever the caller
-//!   says it is (`--heartbeat-interval`).
+//! * `Node` has no thread, clock, socket, file or random number. A tick is whatever the
+//!   caller says it is (`--heartbeat-interval`), and the same calls lead to the same effects.
 //! * The effects of one call are carried out in order. Appends overlap: a second
-//!   one may be produced while the first is still being fsynced.
-//! * An entry is committed only after the caller said it is on disk here, also in
-//!   a cluster of one ([`Node::persisted`]).
+//!   one may be produced while the first is still being fsynced. A leader's messages do not
+//!   wait for its own disk; what says that something is on this disk, or promises a vote,
+//!   is kept back until it is ([`Node::persisted`]).
+//! * An entry is committed only after a majority has it on disk, also in a cluster of one.
 //! * Entries that are not yet applied stay in [`LogCache`], so raft never reads
 //!   the disk.
+//! * Raft's configuration is that of the state machine's members. A committed change takes
+//!   effect when the state machine has judged it ([`Node::change_applied`]); there is one
+//!   change at a time, of one member, so that no configuration is ever joint.
 
 mod cache;
 mod drain;
+mod message;
 
+use std::collections::{BTreeMap, VecDeque};
+
+use bytes::Bytes;
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChange, ConfChangeV2, EntryType};
-use raft::{Config as RaftConfig, RawNode, StateRole};
+use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, EntryType, MessageType};
+use raft::{Config as RaftConfig, RawNode, SnapshotStatus, StateRole};
 
 use crate::log::{Entry, HardState, Mark};
 pub use cache::LogCache;
+pub use message::{Kind, Malformed, Outgoing};
 
 /// One message between members carries at most this many bytes of entries; etcd's value.
 const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
@@ -41,6 +52,9 @@ const MAX_MESSAGES_IN_FLIGHT: usize = 512;
 const MAX_UNCOMMITTED_BYTES: u64 = 256 * 1024 * 1024;
 /// Committed entries handed out at once, in bytes: bounds one step of the apply thread.
 const MAX_COMMITTED_BYTES_PER_READY: u64 = 4 * 1024 * 1024;
+/// A member that knows its leader to be gone campaigns after this part of an election
+/// timeout, or up to twice that.
+const HASTE: usize = 5;
 
 /// Who votes and who only listens.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -63,6 +77,9 @@ pub struct Start {
     pub catch_up_entries: u64,
     /// `--pre-vote`.
     pub pre_vote: bool,
+    /// Decides how long this member waits before it campaigns, within one and two election
+    /// timeouts. Differs from member to member.
+    pub seed: u64,
     /// The newest term, vote and commit on disk.
     pub hard_state: HardState,
     /// Everything up to here is in the checkpoint and no longer in the log.
@@ -112,16 +129,34 @@ pub struct Append {
 #[derive(Debug, PartialEq, Eq)]
 pub struct ReadReady {
     /// The context given to [`Node::read_index`].
-    pub context: u64,
+    pub context: [u8; 24],
     /// Apply at least up to here before reading.
     pub index: u64,
 }
 
+/// The state as of an entry takes the place of the log up to there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Install {
+    /// Up to which entry.
+    pub mark: Mark,
+    /// What to hand to [`Node::persisted`] once the image is in force and the log begins
+    /// behind it. Until then nothing else comes out of the node but messages.
+    pub number: u64,
+    /// The newest term, vote and commit; durable with it.
+    pub hard_state: HardState,
+}
+
 /// What the caller has to carry out, in this order.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Effects {
     /// The node's part, when it changed. Published before anything else.
     pub role: Option<Role>,
+    /// Messages for others, in order.
+    pub messages: Vec<Outgoing>,
+    /// Members that need a snapshot: see [`Node::offer_snapshot`].
+    pub snapshots_wanted: Vec<u64>,
+    /// An image that was received, and stepped, is to be put in force.
+    pub install: Option<Install>,
     /// A write for the log.
     pub append: Option<Append>,
     /// Entries to apply, following the last ones handed out.
@@ -137,6 +172,30 @@ pub enum Refused {
     NotLeader,
     /// Too much is proposed and not yet committed.
     Full,
+    /// Another change of the configuration is under way.
+    Busy,
+}
+
+/// A change of who votes and who listens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// A member votes from now on: a new one, or one that has listened.
+    Vote(u64),
+    /// A new member listens.
+    Listen(u64),
+    /// A member is no longer part of it.
+    Remove(u64),
+}
+
+/// How far a member is, as its leader knows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// The member.
+    pub id: u64,
+    /// The newest entry that it is known to have on disk.
+    pub matched: u64,
+    /// Whether it was heard of within the last election timeout.
+    pub is_active: bool,
 }
 
 /// One raft node. See the module documentation.
@@ -149,6 +208,65 @@ pub struct Node {
     catch_up_entries: u64,
     /// The hard state changed since the last write.
     hard_state_is_new: bool,
+    /// Messages that say what is on disk, with the number of the write that has to be first.
+    held: VecDeque<(u64, Vec<Outgoing>)>,
+    /// Messages whose time has come.
+    released: Vec<Outgoing>,
+    /// The snapshot that is being put in force.
+    installing: Option<u64>,
+    /// Committed changes that the state machine has yet to judge, by index.
+    changes: BTreeMap<u64, ConfChangeV2>,
+    patience: Patience,
+    /// Mistakes for the tests to find.
+    #[cfg(test)]
+    pub(crate) planted: Planted,
+}
+
+/// Mistakes that the simulator has to find.
+#[cfg(test)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Planted {
+    /// Votes and acknowledgements leave before what they promise is on disk.
+    pub(crate) sends_before_fsync: bool,
+}
+
+/// How long a node waits for a leader before it campaigns. raft-rs draws a random number
+/// each time; here the numbers follow from a seed.
+#[derive(Debug)]
+struct Patience {
+    seed: u64,
+    /// Campaigns so far.
+    round: u64,
+    election_ticks: usize,
+}
+
+impl Patience {
+    /// Ticks to wait in this term.
+    fn ticks(&self, term: u64) -> usize {
+        spread(self.election_ticks, self.random(term))
+    }
+
+    /// Ticks to wait when the leader is known to be gone.
+    fn hasty_ticks(&self, term: u64) -> usize {
+        spread((self.election_ticks / HASTE).max(1), self.random(term))
+    }
+
+    fn random(&self, term: u64) -> u64 {
+        mix(self.seed ^ mix(term ^ mix(self.round)))
+    }
+}
+
+/// A number from `from` to before twice that.
+fn spread(from: usize, random: u64) -> usize {
+    from + usize::try_from(random % from.max(1) as u64).unwrap_or(0)
+}
+
+/// Spreads the bits of a number over all of it (splitmix64).
+fn mix(number: u64) -> u64 {
+    let mut z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 impl Node {
@@ -157,7 +275,9 @@ impl Node {
     /// # Errors
     /// When the recovered parts contradict each other.
     pub fn new(start: Start) -> Result<Node, RaftError> {
-        let Start { id, election_ticks, pre_vote, hard_state, applied, configuration, .. } = start;
+        let Start {
+            id, election_ticks, pre_vote, seed, hard_state, applied, configuration, ..
+        } = start;
         let commit = hard_state.commit.max(applied);
         let cache = LogCache::new(
             start.start,
@@ -188,24 +308,80 @@ impl Node {
         };
         config.validate()?;
         let raw = RawNode::new(&config, cache, &drain::logger())?;
-        Ok(Node {
+        let mut node = Node {
             raw,
             role: Role::default(),
             unpersisted: 0,
             catch_up_entries: start.catch_up_entries,
             hard_state_is_new: false,
-        })
+            held: VecDeque::new(),
+            released: Vec::new(),
+            installing: None,
+            changes: BTreeMap::new(),
+            patience: Patience { seed: mix(seed ^ id), round: 0, election_ticks },
+            #[cfg(test)]
+            planted: Planted::default(),
+        };
+        node.be_patient();
+        Ok(node)
     }
 
     /// Time went on by one heartbeat interval.
     ///
-    /// A lone voter that could campaign must have nothing unpersisted when it does
-    /// (raft-rs asserts it), so its election clock stands still meanwhile.
+    /// A node that may become leader must have nothing unpersisted when it does (raft-rs
+    /// asserts it), so its election clock stands still meanwhile.
     pub fn tick(&mut self) {
-        if self.raw.raft.state != StateRole::Leader && self.unpersisted != 0 {
+        let leads = self.raw.raft.state == StateRole::Leader;
+        if !leads && self.unpersisted != 0 {
             return;
         }
         self.raw.tick();
+        if !leads && self.raw.raft.election_elapsed == 0 {
+            self.patience.round += 1;
+        }
+        self.be_patient();
+    }
+
+    /// Sees a message of another member.
+    ///
+    /// # Errors
+    /// [`Malformed`]: raft has not seen it. Most are to be passed over, see
+    /// [`Malformed::is_fatal`].
+    pub fn step(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
+        let message = message::decode(bytes)?;
+        message::check(&self.raw, &message)?;
+        let leads = self.raw.raft.state == StateRole::Leader;
+        if message.get_msg_type() == MessageType::MsgReadIndex && !leads {
+            // Raft would send it on, perhaps in a circle.
+            return Ok(());
+        }
+        // What raft refuses is of a member that it does not know (yet, or any more).
+        let _ = self.raw.step(message);
+        self.be_patient();
+        Ok(())
+    }
+
+    /// The connection to a member broke: it may be gone. If that is the leader, this member
+    /// campaigns soon, without waiting for the whole election timeout. Members that still
+    /// hear the leader refuse, and with `pre_vote` nothing comes of it.
+    pub fn lost_sight_of(&mut self, id: u64) {
+        self.raw.report_unreachable(id);
+        let raft = &mut self.raw.raft;
+        if raft.state == StateRole::Follower && raft.leader_id == id && raft.promotable() {
+            let (term, vote) = (raft.term, raft.vote);
+            raft.become_follower(term, 0);
+            debug_assert_eq!(raft.vote, vote, "within a term a vote stays");
+            self.be_patient();
+            let haste = self.patience.hasty_ticks(term);
+            let raft = &mut self.raw.raft;
+            raft.election_elapsed = raft.randomized_election_timeout().saturating_sub(haste);
+        }
+    }
+
+    /// Has raft-rs wait as long as the seed says, whatever it drew.
+    fn be_patient(&mut self) {
+        let ticks = self.patience.ticks(self.raw.raft.term);
+        self.raw.raft.set_randomized_election_timeout(ticks);
     }
 
     /// Stands for election at once instead of waiting for the election timeout.
@@ -214,7 +390,9 @@ impl Node {
     /// # Errors
     /// When raft refuses, for example because nothing is known of this node.
     pub fn campaign(&mut self) -> Result<(), RaftError> {
-        Ok(self.raw.campaign()?)
+        self.raw.campaign()?;
+        self.be_patient();
+        Ok(())
     }
 
     /// Whether this node is the cluster's only voter.
@@ -224,23 +402,102 @@ impl Node {
         ids.next() == Some(self.raw.raft.id) && ids.next().is_none()
     }
 
+    /// Hands leadership to another voter, as soon as that one has the whole log. Proposals
+    /// are refused meanwhile; given up after an election timeout.
+    pub fn transfer_leader(&mut self, to: u64) {
+        self.raw.transfer_leader(to);
+    }
+
+    /// The voter that could take over soonest: the one heard of lately that has most of the
+    /// log. `None` when this node does not lead or there is none.
+    pub fn successor(&self) -> Option<u64> {
+        let voters = self.raw.raft.prs().conf().voters();
+        let others = self.progress().into_iter().filter(|progress| {
+            progress.is_active && progress.id != self.raw.raft.id && voters.contains(progress.id)
+        });
+        others.max_by_key(|progress| (progress.matched, progress.id)).map(|progress| progress.id)
+    }
+
+    /// How far each member is; empty unless this node leads.
+    pub fn progress(&self) -> Vec<Progress> {
+        if self.raw.raft.state != StateRole::Leader {
+            return Vec::new();
+        }
+        let mut members: Vec<Progress> = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .map(|(id, progress)| Progress {
+                id: *id,
+                matched: progress.matched,
+                is_active: progress.recent_active || *id == self.raw.raft.id,
+            })
+            .collect();
+        members.sort_unstable_by_key(|progress| progress.id);
+        members
+    }
+
     /// Appends a command to the log, as leader.
     ///
     /// # Errors
     /// [`Refused`]: it is not in the log and never will be.
-    pub fn propose(&mut self, data: Vec<u8>) -> Result<(), Refused> {
-        if self.raw.raft.state != StateRole::Leader {
+    pub fn propose(&mut self, command: Bytes) -> Result<(), Refused> {
+        self.may_propose()?;
+        // Bytes that nobody else holds become a vector without a copy.
+        self.raw.propose(Vec::new(), command.into()).map_err(|_| Refused::Full)
+    }
+
+    /// Appends a change of the configuration to the log, as leader, with the command that
+    /// changes the record of members.
+    ///
+    /// # Errors
+    /// [`Refused`]: it is not in the log and never will be.
+    pub fn propose_change(&mut self, change: Change, command: Bytes) -> Result<(), Refused> {
+        self.may_propose()?;
+        // raft-rs would take it and make it an empty entry.
+        if self.raw.raft.has_pending_conf() {
+            return Err(Refused::Busy);
+        }
+        let (kind, id) = match change {
+            Change::Vote(id) => (ConfChangeType::AddNode, id),
+            Change::Listen(id) => (ConfChangeType::AddLearnerNode, id),
+            Change::Remove(id) => (ConfChangeType::RemoveNode, id),
+        };
+        if change == Change::Remove(self.raw.raft.id)
+            && let Some(successor) = self.successor()
+        {
+            // A leader that is removed would lead on without being heard.
+            self.transfer_leader(successor);
             return Err(Refused::NotLeader);
         }
-        self.raw.propose(Vec::new(), data).map_err(|_| Refused::Full)
+        let single =
+            ConfChangeSingle { change_type: kind, node_id: id, ..ConfChangeSingle::default() };
+        let change = ConfChangeV2 { changes: vec![single].into(), ..ConfChangeV2::default() };
+        self.raw.propose_conf_change(command.into(), change).map_err(|_| Refused::Full)
+    }
+
+    fn may_propose(&self) -> Result<(), Refused> {
+        let raft = &self.raw.raft;
+        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() {
+            return Err(Refused::NotLeader);
+        }
+        Ok(())
     }
 
     /// Asks for an index that a linearizable read has to wait for. `context` must
-    /// never be used twice. Answered by [`Effects::reads`], or not at all: then the
-    /// caller asks again with a new context. `false`: dropped at once.
-    pub fn read_index(&mut self, context: u64) -> bool {
+    /// never be used twice, by any member. Answered by [`Effects::reads`], or not at all:
+    /// then the caller asks again with a new context. `false`: dropped at once.
+    pub fn read_index(&mut self, context: [u8; 24]) -> bool {
+        if self.raw.raft.state != StateRole::Leader {
+            let has_leader = self.raw.raft.leader_id != 0;
+            if has_leader {
+                self.raw.read_index(context.to_vec());
+            }
+            return has_leader;
+        }
         let before = self.raw.raft.pending_read_count() + self.raw.raft.ready_read_count();
-        self.raw.read_index(context.to_be_bytes().to_vec());
+        self.raw.read_index(context.to_vec());
         self.raw.raft.pending_read_count() + self.raw.raft.ready_read_count() > before
     }
 
@@ -249,7 +506,40 @@ impl Node {
         if self.unpersisted <= number {
             self.unpersisted = 0;
         }
+        if self.installing.is_some_and(|installing| installing <= number) {
+            self.installing = None;
+        }
         self.raw.on_persist_ready(number);
+        while self.held.front().is_some_and(|(held, _)| *held <= number) {
+            self.released.extend(self.held.pop_front().into_iter().flat_map(|(_, held)| held));
+        }
+    }
+
+    /// An image of the state as of `mark` can be sent to a member; `configuration` is that
+    /// as of `mark`. Raft sends it when it next finds that the member needs one.
+    pub fn offer_snapshot(&mut self, to: u64, mark: Mark, configuration: &Configuration) {
+        self.raw.mut_store().offer_snapshot(to, mark, configuration);
+    }
+
+    /// What became of a snapshot that was sent: whether it is in force over there. Until it
+    /// is told, raft sends that member nothing else.
+    pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
+        let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
+        self.raw.report_snapshot(to, status);
+    }
+
+    /// The state machine has applied, or refused, the change of the configuration at
+    /// `index`. To be told before [`Node::applied`] of that index.
+    ///
+    /// # Errors
+    /// Raft refuses what the state machine has accepted: they have come apart.
+    pub fn change_applied(&mut self, index: u64, is_accepted: bool) -> Result<(), RaftError> {
+        let Some(change) = self.changes.remove(&index) else { return Ok(()) };
+        if is_accepted {
+            let configuration = self.raw.apply_conf_change(&change)?;
+            self.raw.mut_store().set_configuration(configuration);
+        }
+        Ok(())
     }
 
     /// Everything up to `index` is applied, of which the last entries are kept.
@@ -257,6 +547,17 @@ impl Node {
         self.raw.advance_apply_to(index);
         let keep = self.catch_up_entries;
         self.raw.mut_store().forget_applied(index, keep);
+    }
+
+    /// A member cannot be reached: raft probes it rather than send it one message after the
+    /// other.
+    pub fn report_unreachable(&mut self, id: u64) {
+        self.raw.report_unreachable(id);
+    }
+
+    /// The current term.
+    pub fn term(&self) -> u64 {
+        self.raw.raft.term
     }
 
     /// The newest committed index.
@@ -267,12 +568,18 @@ impl Node {
     /// What there is to do now; `None` when there is nothing.
     ///
     /// # Errors
-    /// A committed change of membership that raft does not accept.
+    /// A committed change of membership that is none.
     pub fn effects(&mut self) -> Result<Option<Effects>, RaftError> {
-        if !self.raw.has_ready() {
-            return Ok(None);
+        let released = std::mem::take(&mut self.released);
+        if self.installing.is_some() || !self.raw.has_ready() {
+            let snapshots_wanted = self.raw.mut_store().take_wanted();
+            let is_nothing = released.is_empty() && snapshots_wanted.is_empty();
+            let effects = Effects { messages: released, snapshots_wanted, ..Effects::default() };
+            return Ok((!is_nothing).then_some(effects));
         }
         let mut ready = self.raw.ready();
+        let number = ready.number();
+        let must_sync = ready.must_sync();
         let role = self.role_change();
         let entries: Vec<Entry> = ready.take_entries().into_iter().map(cache::from_raft).collect();
         let hard_state =
@@ -280,51 +587,93 @@ impl Node {
         let reads = ready.take_read_states().iter().filter_map(read_ready).collect();
         let committed: Vec<Entry> =
             ready.take_committed_entries().into_iter().map(cache::from_raft).collect();
+        let mut messages = released;
+        let now = ready.take_messages();
+        let later = ready.take_persisted_messages();
+        let snapshot = (!ready.snapshot().is_empty()).then(|| ready.snapshot().get_metadata());
 
-        let must_sync = ready.must_sync();
-        let number = ready.number();
+        let store = self.raw.store();
+        let promises = hard_state.is_some_and(|new| {
+            let durable = store.hard_state();
+            (new.term, new.vote) != (durable.term, durable.vote)
+        });
+        let mark = snapshot.map(|of| Mark { index: of.index, term: of.term });
+        let configuration = snapshot.map(|of| of.get_conf_state().clone());
         let store = self.raw.mut_store();
+        if let (Some(mark), Some(configuration)) = (mark, configuration) {
+            store.reset(mark, configuration);
+        }
         store.append(&entries);
         if let Some(hard_state) = hard_state {
             store.set_hard_state(hard_state);
             self.hard_state_is_new = true;
         }
-        let hard_state = self.hard_state_is_new.then(|| store.hard_state());
+        let hard_state = store.hard_state();
+        let snapshots_wanted = store.take_wanted();
         self.raw.advance_append_async(ready);
 
+        let install = mark.map(|mark| Install { mark, number, hard_state });
         // A commit index alone is not worth a write: on start it is raised to what
         // is applied, and the next entries carry it.
-        let append = must_sync.then(|| Append { number, entries, hard_state });
-        if append.is_some() {
+        let append = (must_sync && install.is_none()).then(|| {
+            let hard_state = self.hard_state_is_new.then_some(hard_state);
+            Append { number, entries, hard_state }
+        });
+        if must_sync {
             self.unpersisted = number;
             self.hard_state_is_new = false;
+            self.installing = install.is_some().then_some(number);
         } else if self.unpersisted == 0 {
             // Nothing of this effect needs the disk, so raft may forget its record.
             self.raw.on_persist_ready(number);
         }
-        for entry in &committed {
-            self.change_configuration(entry)?;
+        // A leader's messages need not wait for its own disk, unless they are of a term
+        // that it might have forgotten after a crash: a lone voter leads at once.
+        let encode = |message: &raft::eraftpb::Message| message::encode(message);
+        let now = now.iter().filter_map(encode);
+        let later = later.iter().filter_map(encode);
+        if promises && !self.forgets_to_hold() {
+            self.hold(now.chain(later).collect());
+        } else {
+            messages.extend(now);
+            if self.unpersisted == 0 || self.forgets_to_hold() {
+                messages.extend(later);
+            } else {
+                self.hold(later.collect());
+            }
         }
-        Ok(Some(Effects { role, append, committed, reads }))
+        for entry in &committed {
+            self.note_change(entry)?;
+        }
+        Ok(Some(Effects { role, messages, snapshots_wanted, install, append, committed, reads }))
     }
 
-    /// Raft's own view of who votes changes when the entry is applied. The type is
-    /// looked at before the data: the entry that leaves a joint configuration has
-    /// none.
-    fn change_configuration(&mut self, entry: &Entry) -> Result<(), RaftError> {
-        let corrupt = |error: protobuf::ProtobufError| {
-            RaftError(format!("entry {} holds no change of membership: {error}", entry.index))
-        };
-        let configuration = if entry.kind == EntryType::EntryConfChange as u8 {
-            let change = ConfChange::parse_from_bytes(&entry.data).map_err(corrupt)?;
-            self.raw.apply_conf_change(&change)?
-        } else if entry.kind == EntryType::EntryConfChangeV2 as u8 {
-            let change = ConfChangeV2::parse_from_bytes(&entry.data).map_err(corrupt)?;
-            self.raw.apply_conf_change(&change)?
-        } else {
-            return Ok(());
-        };
-        self.raw.mut_store().set_configuration(configuration);
+    /// Keeps messages back until the last write is on disk.
+    fn hold(&mut self, messages: Vec<Outgoing>) {
+        if !messages.is_empty() {
+            self.held.push_back((self.unpersisted, messages));
+        }
+    }
+
+    #[cfg(test)]
+    fn forgets_to_hold(&self) -> bool {
+        self.planted.sends_before_fsync
+    }
+
+    #[cfg(not(test))]
+    fn forgets_to_hold(&self) -> bool {
+        false
+    }
+
+    /// Remembers a committed change of the configuration until the state machine has judged
+    /// it. The type is looked at and not the data, which may be empty.
+    fn note_change(&mut self, entry: &Entry) -> Result<(), RaftError> {
+        if entry.kind == EntryType::EntryConfChangeV2 as u8 {
+            let change = ConfChangeV2::parse_from_bytes(&entry.data).map_err(|error| {
+                RaftError(format!("entry {} holds no change of membership: {error}", entry.index))
+            })?;
+            self.changes.insert(entry.index, change);
+        }
         Ok(())
     }
 
@@ -343,14 +692,20 @@ impl Node {
 }
 
 fn read_ready(state: &raft::ReadState) -> Option<ReadReady> {
-    let context = u64::from_be_bytes(state.request_ctx.as_slice().try_into().ok()?);
+    let context = state.request_ctx.as_slice().try_into().ok()?;
     Some(ReadReady { context, index: state.index })
 }
 
-/// Whether the entry carries a command for the state machine. A leader's first
-/// entry and a membership change that raft refused carry none.
-pub fn is_command(entry: &Entry) -> bool {
-    entry.kind == EntryType::EntryNormal as u8 && !entry.data.is_empty()
+/// The command for the state machine that an entry carries. A leader's first entry has none.
+pub fn command(entry: &Entry) -> Option<&Bytes> {
+    let command = if is_change(entry) { &entry.context } else { &entry.data };
+    (!command.is_empty()).then_some(command)
+}
+
+/// Whether the entry changes the configuration: [`Node::change_applied`] wants to know what
+/// became of it.
+pub fn is_change(entry: &Entry) -> bool {
+    entry.kind == EntryType::EntryConfChangeV2 as u8
 }
 
 #[cfg(test)]

@@ -7,12 +7,19 @@ fn command_entry(index: u64, term: u64, data: Bytes) -> Entry {
     Entry { index, term, kind: EntryType::EntryNormal as u8, data, context: Bytes::new() }
 }
 
+fn context(number: u64) -> [u8; 24] {
+    let mut context = [0; 24];
+    context[16..].copy_from_slice(&number.to_be_bytes());
+    context
+}
+
 fn lone(hard_state: HardState, start: Mark, entries: Vec<Entry>, applied: u64) -> Node {
     Node::new(Start {
         id: 7,
         election_ticks: 10,
         catch_up_entries: 5,
         pre_vote: true,
+        seed: 0,
         hard_state,
         start,
         entries,
@@ -52,12 +59,12 @@ fn a_lone_voter_leads_at_once_and_commits_what_it_persisted() {
     let mut node = empty();
     assert!(node.is_only_voter());
     lead(&mut node);
-    node.propose(b"one".to_vec()).expect("leader");
-    node.propose(b"two".to_vec()).expect("leader");
+    node.propose(Bytes::from_static(b"one")).expect("leader");
+    node.propose(Bytes::from_static(b"two")).expect("leader");
     let committed = settle(&mut node);
     let data: Vec<_> = committed.iter().map(|entry| &entry.data[..]).collect();
     assert_eq!(data, [b"one", b"two"]);
-    assert!(committed.iter().all(is_command));
+    assert!(committed.iter().all(|entry| command(entry).is_some()));
 }
 
 /// etcd #14370: a single member acknowledged before its fsync.
@@ -65,13 +72,13 @@ fn a_lone_voter_leads_at_once_and_commits_what_it_persisted() {
 fn nothing_is_committed_before_it_is_persisted() {
     let mut node = empty();
     lead(&mut node);
-    node.propose(b"one".to_vec()).expect("leader");
+    node.propose(Bytes::from_static(b"one")).expect("leader");
     let effects = node.effects().expect("effects").expect("an append");
     let first = effects.append.expect("an append").number;
     assert!(effects.committed.is_empty());
 
     // A second write is handed out while the first is on its way to the disk.
-    node.propose(b"two".to_vec()).expect("leader");
+    node.propose(Bytes::from_static(b"two")).expect("leader");
     let effects = node.effects().expect("effects").expect("an append");
     let second = effects.append.expect("an append");
     assert_eq!(second.entries.len(), 1, "only what is new");
@@ -89,19 +96,19 @@ fn nothing_is_committed_before_it_is_persisted() {
 #[test]
 fn a_proposal_needs_a_leader() {
     let mut node = empty();
-    assert_eq!(node.propose(b"one".to_vec()), Err(Refused::NotLeader));
+    assert_eq!(node.propose(Bytes::from_static(b"one")), Err(Refused::NotLeader));
 }
 
 #[test]
 fn a_read_index_is_the_commit_index_of_the_leader() {
     let mut node = empty();
-    assert!(!node.read_index(1), "without a leader it is dropped");
+    assert!(!node.read_index(context(1)), "without a leader it is dropped");
     lead(&mut node);
-    node.propose(b"one".to_vec()).expect("leader");
+    node.propose(Bytes::from_static(b"one")).expect("leader");
     let last = settle(&mut node).last().expect("committed").index;
-    assert!(node.read_index(2));
+    assert!(node.read_index(context(2)));
     let effects = node.effects().expect("effects").expect("a read");
-    assert_eq!(effects.reads, [ReadReady { context: 2, index: last }]);
+    assert_eq!(effects.reads, [ReadReady { context: context(2), index: last }]);
     assert!(effects.append.is_none());
 }
 
@@ -110,11 +117,11 @@ fn a_read_index_is_the_commit_index_of_the_leader() {
 fn effects_without_a_write_are_forgotten() {
     let mut node = empty();
     lead(&mut node);
-    for context in 10..1000 {
-        assert!(node.read_index(context));
+    for number in 10..1000 {
+        assert!(node.read_index(context(number)));
         settle(&mut node);
     }
-    node.propose(b"one".to_vec()).expect("leader");
+    node.propose(Bytes::from_static(b"one")).expect("leader");
     assert_eq!(settle(&mut node).len(), 1);
 }
 
@@ -127,7 +134,8 @@ fn a_restarted_node_applies_what_the_checkpoint_lacks() {
     let mut node = lone(hard_state, Mark { index: 3, term: 2 }, entries, 5);
     node.campaign().expect("campaign");
     let committed = settle(&mut node);
-    let indexes: Vec<_> = committed.iter().map(|entry| (entry.index, is_command(entry))).collect();
+    let indexes: Vec<_> =
+        committed.iter().map(|entry| (entry.index, command(entry).is_some())).collect();
     assert_eq!(indexes, [(6, true), (7, false)], "entry 7 is the new term's first");
     assert_eq!(node.role.term, 3);
 }
@@ -139,6 +147,7 @@ fn a_log_that_lost_its_end_is_refused() {
         election_ticks: 10,
         catch_up_entries: 5,
         pre_vote: true,
+        seed: 0,
         hard_state: HardState { term: 2, vote: 7, commit: 9 },
         start: Mark { index: 3, term: 2 },
         entries: vec![],
@@ -153,14 +162,14 @@ fn of_applied_entries_the_last_ones_are_kept() {
     let mut node = empty();
     lead(&mut node);
     for value in 0..20u8 {
-        node.propose(vec![value]).expect("leader");
+        node.propose(vec![value].into()).expect("leader");
     }
     let last = settle(&mut node).last().expect("committed").index;
     let term_of = |node: &Node, index| raft::Storage::term(node.raw.store(), index).ok();
     assert_eq!(term_of(&node, last - 6), None);
     assert_eq!(term_of(&node, last - 5), Some(1), "the term at the cut is known");
     assert_eq!(term_of(&node, last), Some(1));
-    node.propose(b"more".to_vec()).expect("leader");
+    node.propose(Bytes::from_static(b"more")).expect("leader");
     assert_eq!(settle(&mut node).len(), 1);
 }
 
@@ -169,10 +178,330 @@ fn applied_entries_are_kept_up_to_a_size() {
     let mut node = empty();
     lead(&mut node);
     for _ in 0..6 {
-        node.propose(vec![0; 1024 * 1024]).expect("leader");
+        node.propose(vec![0; 1024 * 1024].into()).expect("leader");
         settle(&mut node);
     }
     let first = raft::Storage::first_index(node.raw.store()).expect("a first index");
     let last = raft::Storage::last_index(node.raw.store()).expect("a last index");
     assert_eq!(last + 1 - first, 4, "4 MiB");
+}
+
+/// Three members, and what they have sent and not yet heard.
+struct Three {
+    nodes: BTreeMap<u64, Node>,
+    wire: VecDeque<(u64, Outgoing)>,
+    /// Writes that the disk of a member has yet to finish, when it is slow.
+    unfinished: BTreeMap<u64, Vec<u64>>,
+    slow: Vec<u64>,
+    cut_off: Vec<u64>,
+    committed: BTreeMap<u64, Vec<Entry>>,
+    installs: Vec<(u64, Install)>,
+    wanted: Vec<u64>,
+    reads: Vec<(u64, ReadReady)>,
+}
+
+const BEGIN: Mark = Mark { index: 1, term: 1 };
+
+impl Three {
+    fn new() -> Three {
+        let nodes = (1..=3).map(|id| {
+            let node = Node::new(Start {
+                id,
+                election_ticks: 10,
+                catch_up_entries: 5,
+                pre_vote: true,
+                seed: 7,
+                hard_state: HardState { term: 1, vote: 0, commit: 1 },
+                start: BEGIN,
+                entries: vec![],
+                applied: 1,
+                configuration: Configuration { voters: vec![1, 2, 3], learners: vec![] },
+            });
+            (id, node.unwrap())
+        });
+        Three {
+            nodes: nodes.collect(),
+            wire: VecDeque::new(),
+            unfinished: BTreeMap::new(),
+            slow: vec![],
+            cut_off: vec![],
+            committed: BTreeMap::new(),
+            installs: vec![],
+            wanted: vec![],
+            reads: vec![],
+        }
+    }
+
+    fn node(&mut self, id: u64) -> &mut Node {
+        self.nodes.get_mut(&id).unwrap()
+    }
+
+    /// Carries everything out until nothing is left to do.
+    fn settle(&mut self) {
+        loop {
+            let mut quiet = true;
+            for (id, node) in &mut self.nodes {
+                while let Some(effects) = node.effects().unwrap() {
+                    quiet = false;
+                    self.wire.extend(effects.messages.into_iter().map(|message| (*id, message)));
+                    self.wanted.extend(effects.snapshots_wanted);
+                    self.installs.extend(effects.install.map(|install| (*id, install)));
+                    self.reads.extend(effects.reads.into_iter().map(|read| (*id, read)));
+                    if let Some(append) = effects.append {
+                        if self.slow.contains(id) {
+                            self.unfinished.entry(*id).or_default().push(append.number);
+                        } else {
+                            node.persisted(append.number);
+                        }
+                    }
+                    for entry in &effects.committed {
+                        if is_change(entry) {
+                            node.change_applied(entry.index, true).unwrap();
+                        }
+                    }
+                    if let Some(last) = effects.committed.last() {
+                        node.applied(last.index);
+                    }
+                    self.committed.entry(*id).or_default().extend(effects.committed);
+                }
+            }
+            while let Some((from, message)) = self.wire.pop_front() {
+                quiet = false;
+                let is_cut_off = [from, message.to].iter().any(|id| self.cut_off.contains(id));
+                if let Some(node) = self.nodes.get_mut(&message.to).filter(|_| !is_cut_off) {
+                    node.step(&message.bytes).unwrap();
+                }
+            }
+            if quiet {
+                return;
+            }
+        }
+    }
+
+    /// A tick of each, one after the other, as between clocks that began at different times.
+    fn tick(&mut self) {
+        for id in 1..=3 {
+            self.node(id).tick();
+            self.settle();
+        }
+    }
+
+    /// Lets time pass until somebody leads in a later term than any before.
+    fn elect(&mut self) -> u64 {
+        let before = self.nodes.values().map(|node| node.role.term).max().unwrap();
+        for _ in 0..100 {
+            self.tick();
+            let leader =
+                self.nodes.iter().find(|(_, node)| node.role.is_leader && node.role.term > before);
+            if let Some((id, _)) = leader {
+                return *id;
+            }
+        }
+        panic!("nobody was elected");
+    }
+}
+
+#[test]
+fn three_elect_one_and_commit_what_it_proposes() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    three.node(leader).propose(Bytes::from_static(b"one")).unwrap();
+    three.settle();
+    three.tick();
+    for (id, committed) in &three.committed {
+        let last = committed.last().unwrap();
+        assert_eq!(command(last), Some(&Bytes::from_static(b"one")), "member {id}");
+    }
+}
+
+#[test]
+fn the_same_seed_elects_the_same_leader() {
+    let first: Vec<u64> = (0..5).map(|_| Three::new().elect()).collect();
+    assert!(first.windows(2).all(|two| two[0] == two[1]), "{first:?}");
+}
+
+/// A vote that was given and forgotten could be given twice.
+#[test]
+fn a_vote_leaves_only_when_it_is_on_disk() {
+    let mut three = Three::new();
+    three.slow = vec![1, 2, 3];
+    for _ in 0..40 {
+        three.tick();
+    }
+    assert!(three.nodes.values().all(|node| !node.role.is_leader), "nobody's vote is on disk");
+    three.slow.clear();
+    for (id, numbers) in std::mem::take(&mut three.unfinished) {
+        three.node(id).persisted(*numbers.last().unwrap());
+    }
+    for _ in 0..40 {
+        three.tick();
+    }
+    assert!(three.nodes.values().any(|node| node.role.is_leader));
+}
+
+#[test]
+fn the_leaders_own_disk_does_not_hold_up_a_majority() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    three.slow = vec![leader];
+    three.node(leader).propose(Bytes::from_static(b"one")).unwrap();
+    three.settle();
+    three.tick();
+    for follower in (1..=3).filter(|id| *id != leader) {
+        let committed = three.committed[&follower].last().unwrap();
+        assert_eq!(command(committed), Some(&Bytes::from_static(b"one")));
+    }
+    let here = three.committed[&leader].last().unwrap();
+    assert_eq!(command(here), None, "what is not on its own disk it does not apply");
+}
+
+#[test]
+fn a_follower_reads_at_an_index_that_the_leader_has_confirmed() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    let follower = 1 + leader % 3;
+    assert!(three.node(follower).read_index(context(9)));
+    three.settle();
+    let index = three.node(leader).committed();
+    assert_eq!(three.reads, [(follower, ReadReady { context: context(9), index })]);
+
+    three.cut_off = vec![leader];
+    three.reads.clear();
+    assert!(three.node(leader).read_index(context(10)));
+    three.settle();
+    assert!(three.reads.is_empty(), "nobody has confirmed that it leads");
+}
+
+#[test]
+fn a_follower_that_sees_its_leader_go_does_not_wait_for_the_whole_timeout() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    three.cut_off = vec![leader];
+    for id in (1..=3).filter(|id| *id != leader) {
+        three.node(id).lost_sight_of(leader);
+    }
+    for _ in 0..5 {
+        three.tick();
+    }
+    let new = three.nodes.iter().find(|(id, node)| **id != leader && node.role.is_leader);
+    assert!(new.is_some(), "one of the two that saw it leads");
+}
+
+#[test]
+fn a_member_that_is_far_behind_is_sent_a_snapshot_that_was_offered() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    let behind = 1 + leader % 3;
+    three.cut_off = vec![behind];
+    for value in 0..20u8 {
+        three.node(leader).propose(vec![value].into()).unwrap();
+        three.settle();
+    }
+    three.cut_off.clear();
+    for _ in 0..3 {
+        three.tick();
+    }
+    assert!(three.wanted.contains(&behind));
+    let mark = Mark { index: three.node(leader).committed(), term: three.node(leader).term() };
+    let configuration = Configuration { voters: vec![1, 2, 3], learners: vec![] };
+    three.node(leader).offer_snapshot(behind, mark, &configuration);
+    for _ in 0..3 {
+        three.tick();
+    }
+    let (id, install) = three.installs.pop().unwrap();
+    assert_eq!((id, install.mark), (behind, mark));
+
+    // Nothing but messages comes out until it is in force.
+    three.node(leader).report_snapshot(behind, true);
+    three.node(leader).propose(Bytes::from_static(b"more")).unwrap();
+    three.settle();
+    assert!(three.committed.get(&behind).unwrap().iter().all(|entry| entry.index < mark.index));
+    three.node(behind).persisted(install.number);
+    three.node(behind).applied(mark.index);
+    for _ in 0..3 {
+        three.tick();
+    }
+    let last = three.committed[&behind].last().unwrap();
+    assert_eq!(command(last), Some(&Bytes::from_static(b"more")));
+}
+
+#[test]
+fn a_change_takes_effect_when_it_is_applied_and_one_at_a_time() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    let removed = 1 + leader % 3;
+    let change = Change::Remove(removed);
+    three.node(leader).propose_change(change, Bytes::from_static(b"bye")).unwrap();
+    let busy = three.node(leader).propose_change(change, Bytes::from_static(b"bye"));
+    assert_eq!(busy, Err(Refused::Busy));
+    three.settle();
+    let progress = three.node(leader).progress();
+    assert_eq!(progress.len(), 2, "{progress:?}");
+    let entry = three.committed[&leader].last().unwrap();
+    assert_eq!(command(entry), Some(&Bytes::from_static(b"bye")));
+}
+
+#[test]
+fn what_no_member_would_say_is_passed_over() {
+    use raft::eraftpb::{Entry as RaftEntry, Message};
+    let mut three = Three::new();
+    let leader = three.elect();
+    let follower = 1 + leader % 3;
+    let other = 6 - leader - follower;
+    let term = three.node(leader).term();
+    let last = three.node(leader).committed();
+    let message = |kind: MessageType| Message {
+        msg_type: kind,
+        from: leader,
+        to: follower,
+        term,
+        ..Message::default()
+    };
+    let entry = |index, term| RaftEntry { index, term, ..RaftEntry::default() };
+    let gap = Message {
+        index: last,
+        log_term: term,
+        entries: vec![entry(last + 2, term)].into(),
+        ..message(MessageType::MsgAppend)
+    };
+    let future = Message {
+        index: last,
+        log_term: term,
+        entries: vec![entry(last + 1, term + 1)].into(),
+        ..message(MessageType::MsgAppend)
+    };
+    let bad = [
+        message(MessageType::MsgHup),
+        message(MessageType::MsgPropose),
+        message(MessageType::MsgTransferLeader),
+        message(MessageType::MsgReadIndex),
+        message(MessageType::MsgSnapshot),
+        Message { to: other, ..message(MessageType::MsgHeartbeat) },
+        Message { from: follower, ..message(MessageType::MsgHeartbeat) },
+        Message { term: 0, ..message(MessageType::MsgAppend) },
+        Message { index: last + 9, ..message(MessageType::MsgAppendResponse) },
+        gap,
+        future,
+    ];
+    for message in bad {
+        let bytes = message.write_to_bytes().unwrap();
+        let malformed = three.node(follower).step(&bytes).unwrap_err();
+        assert!(!malformed.is_fatal(), "{message:?}: {malformed}");
+    }
+    assert!(three.node(follower).step(b"nonsense").is_err());
+
+    // These would have raft-rs panic, and they say that this member cannot go on.
+    let lost = Message { commit: last + 1, ..message(MessageType::MsgHeartbeat) };
+    let diverged = Message {
+        index: last - 1,
+        log_term: 1,
+        entries: vec![entry(last, term + 1)].into(),
+        term: term + 1,
+        ..message(MessageType::MsgAppend)
+    };
+    for message in [lost, diverged] {
+        let bytes = message.write_to_bytes().unwrap();
+        let malformed = three.node(follower).step(&bytes).unwrap_err();
+        assert!(malformed.is_fatal(), "{message:?}: {malformed}");
+    }
 }

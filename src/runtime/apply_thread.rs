@@ -22,7 +22,7 @@ use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
 use super::raft_thread::RaftInput;
-use super::waiters::Waiters;
+use super::waiters::{Answer, Waiters};
 use super::watch_hub::Feed;
 use crate::error::Error;
 use crate::log::{Entry, Mark};
@@ -113,6 +113,8 @@ struct Removal {
 struct Decoded {
     entry: Mark,
     command: Option<Command>,
+    /// It changes raft's configuration as well, if it is accepted.
+    is_change: bool,
 }
 
 /// A command that was applied: what it led to, and what is counted about it.
@@ -217,7 +219,7 @@ impl ApplyThread {
         let mut state = self.state.write();
         let revision_before = state.store().revision();
         let mut held = began.elapsed();
-        while let Some(Decoded { entry, command }) = decoded.pop_front() {
+        while let Some(Decoded { entry, command, is_change }) = decoded.pop_front() {
             last = entry;
             let Some(command) = command else {
                 state.apply_empty(entry);
@@ -228,6 +230,10 @@ impl ApplyThread {
             let changes_before = effects.changes.len();
             let outcome = state.apply(entry, command, &mut effects);
             let changed = effects.changes.len() - changes_before;
+            if is_change {
+                let (index, is_accepted) = (entry.index, outcome.is_ok());
+                let _ = self.raft.send(RaftInput::Changed { index, is_accepted });
+            }
             if entry.index <= self.recovered_index {
                 effects.compactions.clear();
             }
@@ -260,6 +266,7 @@ impl ApplyThread {
             tracing::warn!(took = ?took, expected = ?self.slow_apply, entries = applied.len(), "apply request took too long");
         }
         self.answer(applied, progress);
+        self.waiters.overtake(last.term);
         // The raft thread outlives this one, or is gone and does not care.
         let _ = self.raft.send(RaftInput::Applied(last.index));
         self.checkpointer.cut_if_due(&self.state);
@@ -274,7 +281,7 @@ impl ApplyThread {
             }
             if let Some(waiter) = header.and_then(|header| self.waiters.take(&header)) {
                 // A caller that gave up does not want to know.
-                let _ = waiter.send(Ok(outcome));
+                let _ = waiter.send(Answer::Applied(outcome));
             }
         }
     }
@@ -390,12 +397,10 @@ struct CorruptEntry {
 
 fn decode(entry: Entry) -> Result<Decoded, CorruptEntry> {
     let mark = Mark { index: entry.index, term: entry.term };
-    if !raft::is_command(&entry) {
-        return Ok(Decoded { entry: mark, command: None });
-    }
-    let command =
-        Command::decode(entry.data).map_err(|error| CorruptEntry { index: entry.index, error })?;
-    Ok(Decoded { entry: mark, command: Some(command) })
+    let is_change = raft::is_change(&entry);
+    let command = raft::command(&entry).map(|command| Command::decode(command.clone()));
+    let command = command.transpose().map_err(|error| CorruptEntry { index: mark.index, error })?;
+    Ok(Decoded { entry: mark, command, is_change })
 }
 
 /// Delete operations that a transaction carried out.

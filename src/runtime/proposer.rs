@@ -1,7 +1,13 @@
 //! Asking raft: to append a command, or for an index to read at.
 //!
 //! [`Proposer`] is the runtime's front. The engine uses it for clients, the leader's
-//! duties for themselves.
+//! duties for themselves. It works on any member: where another leads, commands are sent
+//! there.
+//!
+//! A command is proposed for one term. When it was refused, or overtaken by a later term
+//! (see [`Waiters`]), it certainly was not carried out, and it is proposed again, as long as
+//! its caller has patience. So a caller whose leader dies hears nothing of it but a delay,
+//! where etcd answers seven seconds later that nobody knows.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -11,22 +17,34 @@ use prost::Message as _;
 use tokio::sync::{oneshot, watch};
 
 use super::published::Published;
-use super::raft_thread::RaftInput;
-use super::waiters::Waiters;
+use super::raft_thread::{Proposal, RaftInput};
+use super::waiters::{Answer, Waiters};
 use crate::error::Error;
 use crate::metrics::{Metrics, Op};
-use crate::pb::kvorumpb::{Command, command::Request};
+use crate::pb::kvorumpb::{Command, command::Request, member_change};
+use crate::raft::{Change, Refused, Role};
 use crate::state::Response;
 
 /// How long a request waits for the cluster, apart from two election timeouts that
 /// are added to it; etcd's value.
 const REQUEST_TIMEOUT_BASE: Duration = Duration::from_secs(5);
+/// A command that was refused is proposed again after this, unless the leader changes
+/// before.
+const REFUSED_PAUSE: Duration = Duration::from_millis(20);
+
+/// Carries commands to the member that leads.
+pub trait Forwarder: Send + Sync {
+    /// Sends a command to `leader`, to be appended in `term`. Does not wait. That it was
+    /// refused is told to the [`Waiters`]; that it may have been lost on the way is not.
+    fn forward(&self, leader: u64, term: u64, proposal: Proposal);
+}
 
 /// See the module documentation.
 pub struct Proposer {
     mailbox: Sender<RaftInput>,
     waiters: Arc<Waiters>,
     published: Arc<Published>,
+    forwarder: Arc<dyn Forwarder>,
     metrics: Arc<Metrics>,
     max_request_bytes: usize,
     election_timeout: Duration,
@@ -39,11 +57,20 @@ impl Proposer {
         mailbox: Sender<RaftInput>,
         waiters: Arc<Waiters>,
         published: Arc<Published>,
+        forwarder: Arc<dyn Forwarder>,
         metrics: Arc<Metrics>,
         max_request_bytes: usize,
         election_timeout: Duration,
     ) -> Proposer {
-        Proposer { mailbox, waiters, published, metrics, max_request_bytes, election_timeout }
+        Proposer {
+            mailbox,
+            waiters,
+            published,
+            forwarder,
+            metrics,
+            max_request_bytes,
+            election_timeout,
+        }
     }
 
     /// etcd's ReqTimeout: 5 s and two election timeouts.
@@ -68,34 +95,66 @@ impl Proposer {
 
     async fn propose_untimed(&self, request: Request) -> Result<Response, Error> {
         let deadline = Instant::now() + self.request_timeout();
-        let header = self.waiters.next_header();
-        let sequence = header.sequence;
-        let command = Command { header: Some(header), request: Some(request) };
-        let data = command.encode_to_vec();
-        if data.len() - header.encoded_len() + etcd_header_len(header.member)
-            > self.max_request_bytes
-        {
-            return Err(Error::RequestTooLarge);
-        }
-        self.wait_for_leader(deadline).await?;
-        let answer = self.waiters.register(&header, data.len())?;
         let pending = Pending::begin(&self.metrics);
-        let before = *self.published.role.borrow();
-        if self.mailbox.send(RaftInput::Propose { data, sequence }).is_err() {
-            self.waiters.refuse(sequence, Error::Stopped);
-            return Err(Error::Stopped);
-        }
-        let answered = tokio::time::timeout_at(deadline.into(), answer).await;
-        drop(pending);
-        match answered {
-            Ok(Ok(outcome)) => outcome?,
-            Ok(Err(_)) => Err(Error::Stopped),
-            Err(_) => {
-                self.metrics.server_proposals_failed_total.inc();
-                let now = *self.published.role.borrow();
-                let lost = now.leader != before.leader || now.term != before.term;
-                Err(if lost { Error::TimeoutLeaderFail } else { Error::Timeout })
+        let change = change_of(&request);
+        let mut command = Command { header: None, request: Some(request) };
+        let mut unlucky = false;
+        loop {
+            let role = match self.wait_for_leader(deadline).await {
+                Err(Error::Timeout) if unlucky => return Err(Error::TimeoutLeaderFail),
+                role => role?,
+            };
+            let header = self.waiters.next_header();
+            let sequence = header.sequence;
+            command.header = Some(header);
+            let data = command.encode_to_vec();
+            if data.len() - header.encoded_len() + etcd_header_len(header.member)
+                > self.max_request_bytes
+            {
+                return Err(Error::RequestTooLarge);
             }
+            let answer = self.waiters.register(&header, data.len(), role.term)?;
+            let proposal = Proposal { command: data.into(), change, sequence };
+            if !role.is_leader {
+                self.forwarder.forward(role.leader, role.term, proposal);
+            } else if self.mailbox.send(RaftInput::Propose { proposal, term: role.term }).is_err() {
+                return Err(Error::Stopped);
+            }
+            match tokio::time::timeout_at(deadline.into(), answer).await {
+                Ok(Ok(Answer::Applied(outcome))) => return outcome,
+                Ok(Ok(Answer::Refused(Refused::Full))) => return Err(Error::TooManyRequests),
+                Ok(Ok(Answer::Refused(Refused::Busy))) => {
+                    self.pause(deadline, |_| false).await?;
+                }
+                Ok(Ok(Answer::Refused(Refused::NotLeader))) => {
+                    unlucky = true;
+                    self.pause(deadline, |now| *now != role).await?;
+                }
+                Ok(Ok(Answer::Overtaken)) => unlucky = true,
+                Ok(Ok(Answer::Lost(error))) => return Err(error),
+                Ok(Err(_)) => return Err(Error::Stopped),
+                Err(_) => {
+                    self.metrics.server_proposals_failed_total.inc();
+                    let now = *self.published.role.borrow();
+                    let lost = now.leader != role.leader || now.term != role.term;
+                    drop(pending);
+                    return Err(if lost { Error::TimeoutLeaderFail } else { Error::Timeout });
+                }
+            }
+        }
+    }
+
+    /// Waits a moment before a command is proposed again, or until the role is as wanted.
+    async fn pause(
+        &self,
+        deadline: Instant,
+        until: impl FnMut(&Role) -> bool,
+    ) -> Result<(), Error> {
+        let wake = deadline.min(Instant::now() + REFUSED_PAUSE);
+        match self.wait_for(&self.published.role, until, wake).await {
+            Err(Error::Timeout) if Instant::now() >= deadline => Err(Error::Timeout),
+            Err(Error::Timeout) => Ok(()),
+            waited => waited,
         }
     }
 
@@ -125,11 +184,14 @@ impl Proposer {
 
     /// A member that has just started, or lost its leader, holds proposals back until
     /// there is one, as etcd does.
-    async fn wait_for_leader(&self, deadline: Instant) -> Result<(), Error> {
-        if self.published.role.borrow().leader != 0 {
-            return Ok(());
+    async fn wait_for_leader(&self, deadline: Instant) -> Result<Role, Error> {
+        loop {
+            let role = *self.published.role.borrow();
+            if role.leader != 0 {
+                return Ok(role);
+            }
+            self.wait_for(&self.published.role, |role| role.leader != 0, deadline).await?;
         }
-        self.wait_for(&self.published.role, |role| role.leader != 0, deadline).await
     }
 
     /// Waits until what is published meets a condition, or nothing more will be.
@@ -146,6 +208,18 @@ impl Proposer {
             _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
             () = tokio::time::sleep_until(deadline.into()) => Err(Error::Timeout),
         }
+    }
+}
+
+/// What a command changes in raft's configuration, beside the record of members.
+pub fn change_of(request: &Request) -> Option<Change> {
+    let Request::MemberChange(change) = request else { return None };
+    match change.change.as_ref()? {
+        member_change::Change::Add(member) if member.is_learner => Some(Change::Listen(member.id)),
+        member_change::Change::Add(member) => Some(Change::Vote(member.id)),
+        member_change::Change::Promote(id) => Some(Change::Vote(*id)),
+        member_change::Change::Remove(id) => Some(Change::Remove(*id)),
+        member_change::Change::Update(_) => None,
     }
 }
 

@@ -5,12 +5,15 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use std::time::Instant;
+
+use parking_lot::Mutex;
 use tokio::sync::watch;
 
-use crate::raft::Role;
+use crate::raft::{Progress, Role};
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
-/// `committed`, `lone_leader`, `stopped`), by apply's (`applied`, `applied_term`,
+/// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`, `applied_term`,
 /// `removed_below`, `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
@@ -26,6 +29,8 @@ pub struct Published {
     applied_term: AtomicU64,
     committed: AtomicU64,
     lone_leader: AtomicBool,
+    confirmed: Mutex<Option<Instant>>,
+    progress: Mutex<Vec<Progress>>,
     size_bytes: AtomicU64,
     checkpoint_bytes: AtomicU64,
 }
@@ -41,6 +46,8 @@ impl Published {
             applied_term: AtomicU64::new(applied_term),
             committed: AtomicU64::new(applied),
             lone_leader: AtomicBool::new(false),
+            confirmed: Mutex::default(),
+            progress: Mutex::default(),
             size_bytes: AtomicU64::new(0),
             checkpoint_bytes: AtomicU64::new(0),
         }
@@ -62,6 +69,18 @@ impl Published {
     /// applied before.
     pub fn is_lone_leader(&self) -> bool {
         self.lone_leader.load(Ordering::Acquire)
+    }
+
+    /// A moment at which a majority took this member for its leader, the newest known. What
+    /// a leader that was asleep tells its clients is worth nothing, and it does not know
+    /// that it was asleep.
+    pub fn confirmed(&self) -> Option<Instant> {
+        *self.confirmed.lock()
+    }
+
+    /// How far each member is, of the last tick; empty unless this member leads.
+    pub fn progress(&self) -> Vec<Progress> {
+        self.progress.lock().clone()
     }
 
     /// Bytes of all records that are held; what the quota is compared with.
@@ -86,6 +105,19 @@ impl Published {
 
     pub(super) fn set_lone_leader(&self, lone_leader: bool) {
         self.lone_leader.store(lone_leader, Ordering::Release);
+    }
+
+    pub(super) fn set_confirmed(&self, at: Instant) {
+        *self.confirmed.lock() = Some(at);
+    }
+
+    /// The role has changed: what was confirmed before says nothing of now.
+    pub(super) fn forget_confirmed(&self) {
+        *self.confirmed.lock() = None;
+    }
+
+    pub(super) fn set_progress(&self, progress: Vec<Progress>) {
+        *self.progress.lock() = progress;
     }
 
     /// Told by the raft thread when it ends.

@@ -1,30 +1,38 @@
 //! The thread that owns the raft node.
 //!
 //! It takes what is in its mailbox, lets the node see all of it, and carries out
-//! the effects: appends go to the log thread, committed entries to the apply
-//! thread. It never waits for either, so ticks and elections do not depend on the
-//! disk.
+//! the effects: messages go to other members, appends to the log thread, committed
+//! entries to the apply thread. It never waits for any of them, so ticks and elections
+//! do not depend on the disk or the network.
 //!
 //! ```text
-//!   engine ──Propose, ReadIndex──▶┐             ┌──▶ log thread ──Persisted──┐
-//!   log ─────Persisted───────────▶├─ mailbox ─▶ raft                         │
-//!   apply ───Applied─────────────▶│             └──▶ apply thread ─Applied───┤
-//!                                 └◀─────────────────────────────────────────┘
+//!   engine ──Propose, ReadIndex──▶┐             ┌──▶ outbox ─▶ other members
+//!   peers ───Message, Forwarded──▶│             │
+//!   log ─────Persisted───────────▶├─ mailbox ─▶ raft ──▶ log thread ──Persisted──┐
+//!   apply ───Applied─────────────▶│             │                                │
+//!                                 │             └──▶ apply thread ─Applied───────┤
+//!                                 └◀─────────────────────────────────────────────┘
 //! ```
 //!
 //! Mailboxes are unbounded channels whose content is bounded elsewhere: proposals by
 //! [`Waiters`], appends, entries and their reports by what was proposed, reads by the
-//! requests that the listeners let in.
+//! requests that the listeners let in, messages by what their senders have under way.
 //!
 //! **Reads.** All reads that wait when a round is started share it; nobody joins a
 //! round later, because its index may predate the write they must see. A change of
 //! leader or term throws the round's answer away and asks again, with a context
 //! that was never used (etcd's stale reads of 2026 came from reusing them).
+//!
+//! **A disk that hangs** does not stop the ticks, and a leader would go on leading with
+//! nothing that it could commit alone. When its oldest write waits for an election timeout
+//! it hands leadership over; when nobody takes it, it falls silent, and others elect.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::apply_thread::ApplyTask;
@@ -34,7 +42,7 @@ use super::published::Published;
 use super::waiters::Waiters;
 use crate::error::Error;
 use crate::metrics::Metrics;
-use crate::raft::{Effects, Node, RaftError, Refused, Role};
+use crate::raft::{Change, Effects, Malformed, Node, Outgoing, RaftError, Refused, Role};
 
 /// A mailbox is emptied in turns of at most this many inputs, so that a flood of
 /// proposals cannot keep effects and ticks waiting.
@@ -42,36 +50,89 @@ const INPUTS_PER_TURN: usize = 4096;
 /// After a pause (a stopped process, a stalled machine) the node does not live
 /// through every missed tick: it would depose a leader that is well.
 const CATCH_UP_TICKS_MAX: u32 = 2;
-/// A round of ReadIndex that got no answer is asked again after this; etcd's value.
-const READ_INDEX_RETRY: Duration = Duration::from_millis(500);
+/// A round of ReadIndex that got no answer is asked again after this. etcd waits 500 ms; a
+/// new leader drops what it is asked before it has committed, and reads need not wait for
+/// that half a second.
+const READ_INDEX_RETRY: Duration = Duration::from_millis(100);
+
+/// A command to be appended to the log.
+#[derive(Debug)]
+pub struct Proposal {
+    /// The encoded command.
+    pub command: Bytes,
+    /// What it changes in raft's configuration, if it does.
+    pub change: Option<Change>,
+    /// Its entry in the [`Waiters`] of the member that made it.
+    pub sequence: u64,
+}
 
 /// What the raft thread is told.
 #[derive(Debug)]
 pub enum RaftInput {
-    /// Append this command. `sequence` is its entry in [`Waiters`].
+    /// Append this command of this member, if it leads in `term`.
     Propose {
-        /// The encoded command.
-        data: Vec<u8>,
-        /// Whom to tell when it is refused.
-        sequence: u64,
+        /// The command.
+        proposal: Proposal,
+        /// In which term.
+        term: u64,
+    },
+    /// Append these commands of another member, if this one leads in `term`.
+    Forwarded {
+        /// The commands.
+        proposals: Vec<Proposal>,
+        /// In which term.
+        term: u64,
+        /// Told which were not taken.
+        refusals: oneshot::Sender<Vec<(u64, Refused)>>,
+    },
+    /// What another member says.
+    Message(Bytes),
+    /// A member cannot be reached. `is_broken`: it could before.
+    Unreachable {
+        /// Which.
+        id: u64,
+        /// Whether a connection broke, rather than could not be made.
+        is_broken: bool,
     },
     /// Find out which index a linearizable read must wait for. Not answered while
     /// there is no leader: the caller limits its patience.
     ReadIndex(oneshot::Sender<u64>),
     /// All writes up to this number are on disk.
     Persisted(u64),
+    /// The change of the configuration at this index was applied, or refused.
+    Changed {
+        /// Where.
+        index: u64,
+        /// Whether it is in force.
+        is_accepted: bool,
+    },
     /// All entries up to this index are applied.
     Applied(u64),
+    /// Hand leadership to this member.
+    Transfer(u64),
+    /// Hand leadership to whoever could take over soonest: this member is about to stop.
+    Resign,
     /// Stop. What is in the mailbox behind it is dropped.
     Stop,
 }
 
+/// How the raft thread reaches others. Neither blocks.
+pub trait Outbox: Send {
+    /// Sends a message; `false` when it is dropped.
+    fn send(&mut self, message: Outgoing) -> bool;
+
+    /// Prepares a snapshot for a member.
+    fn make_snapshot(&mut self, to: u64);
+}
+
 /// Everything the raft thread works with.
-pub struct RaftThread {
+pub struct RaftParts {
     /// The node, freshly made.
     pub node: Node,
     /// What the thread is told.
     pub mailbox: Receiver<RaftInput>,
+    /// Where messages go.
+    pub outbox: Box<dyn Outbox>,
     /// Where appends go.
     pub log: Sender<LogTask>,
     /// Where committed entries go.
@@ -86,7 +147,9 @@ pub struct RaftThread {
     pub fault: Fault,
     /// One tick of raft's clock: `--heartbeat-interval`.
     pub tick: Duration,
-    /// This member's id, for the log.
+    /// `--election-timeout`: a disk that hangs for longer costs leadership.
+    pub election_timeout: Duration,
+    /// This member's id.
     pub member: u64,
 }
 
@@ -112,115 +175,247 @@ impl Drop for End {
     }
 }
 
-/// A round of ReadIndex that is under way.
-struct Round {
-    context: u64,
-    waiting: Vec<oneshot::Sender<u64>>,
-    since: Instant,
+/// The raft thread, or what a simulator runs in its place, turn by turn.
+pub struct RaftThread {
+    parts: RaftParts,
+    reads: Reads,
+    next_tick: Instant,
+    /// Writes that are on their way to the disk, with when they set out.
+    unsynced: VecDeque<(u64, Instant)>,
+    /// Whether leadership was offered because of a disk that hangs.
+    resigns: bool,
+}
+
+/// Why the raft thread ends by itself.
+#[derive(Debug, thiserror::Error)]
+enum RaftFailure {
+    #[error(transparent)]
+    Raft(#[from] RaftError),
+    #[error(transparent)]
+    Peer(#[from] Malformed),
+}
+
+/// Whether to go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    GoOn,
+    Stop,
 }
 
 impl RaftThread {
+    /// A thread that has yet to run; its clock begins at `now`.
+    pub fn new(parts: RaftParts, now: Instant) -> RaftThread {
+        let next_tick = now + parts.tick;
+        let reads = Reads::new(parts.member, parts.waiters.boot());
+        RaftThread { parts, reads, next_tick, unsynced: VecDeque::new(), resigns: false }
+    }
+
     /// Runs until told to stop. The only voter stands for election at once.
     pub fn run(self) {
         // What is declared later is dropped earlier: first the thread with its mailbox, and
         // when nobody can ask anything any more, the others are told.
         let _end = End {
-            log: self.log.clone(),
-            apply: self.apply.clone(),
-            published: Arc::clone(&self.published),
-            waiters: Arc::clone(&self.waiters),
+            log: self.parts.log.clone(),
+            apply: self.parts.apply.clone(),
+            published: Arc::clone(&self.parts.published),
+            waiters: Arc::clone(&self.parts.waiters),
         };
         let mut thread = self;
         if let Err(error) = thread.run_until_stopped() {
-            thread.fault.raise("raft", error);
+            thread.parts.fault.raise("raft", error);
         }
     }
 
-    fn run_until_stopped(&mut self) -> Result<(), RaftError> {
-        let mut reads = Reads::default();
-        if self.node.is_only_voter() {
-            self.node.campaign()?;
-        }
-        let mut next_tick = Instant::now() + self.tick;
+    fn run_until_stopped(&mut self) -> Result<(), RaftFailure> {
+        self.begin(Instant::now())?;
         loop {
-            self.carry_out(&mut reads)?;
-            let patience = next_tick.saturating_duration_since(Instant::now());
-            match self.mailbox.recv_timeout(patience) {
-                Ok(RaftInput::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                Ok(input) => self.take(input, &mut reads),
-                Err(RecvTimeoutError::Timeout) => {}
+            let patience = self.next_tick.saturating_duration_since(Instant::now());
+            let first = match self.parts.mailbox.recv_timeout(patience) {
+                Ok(input) => Some(input),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            };
+            if self.take_turn(first, Instant::now())? == Flow::Stop {
+                return Ok(());
             }
-            for _ in 1..INPUTS_PER_TURN {
-                match self.mailbox.try_recv() {
-                    Ok(RaftInput::Stop) => return Ok(()),
-                    Ok(input) => self.take(input, &mut reads),
-                    Err(_) => break,
-                }
-            }
-            let now = Instant::now();
-            let mut ticks = 0;
-            while next_tick <= now && ticks < CATCH_UP_TICKS_MAX {
-                self.node.tick();
-                next_tick += self.tick;
-                ticks += 1;
-            }
-            if next_tick <= now {
-                next_tick = now + self.tick;
-            }
-            reads.ask(&mut self.node, now);
         }
     }
 
-    fn take(&mut self, input: RaftInput, reads: &mut Reads) {
+    /// The first turn.
+    fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
+        if self.parts.node.is_only_voter() {
+            self.parts.node.campaign()?;
+        }
+        self.carry_out(now)
+    }
+
+    /// Takes what waits, lets the time pass up to `now`, and carries out what follows.
+    fn take_turn(&mut self, first: Option<RaftInput>, now: Instant) -> Result<Flow, RaftFailure> {
+        let mut next = first;
+        for _ in 0..INPUTS_PER_TURN {
+            let Some(input) = next.take().or_else(|| self.parts.mailbox.try_recv().ok()) else {
+                break;
+            };
+            if let RaftInput::Stop = input {
+                return Ok(Flow::Stop);
+            }
+            self.take(input, now)?;
+        }
+        self.pass_time(now);
+        self.reads.ask(&mut self.parts.node, now);
+        self.carry_out(now)?;
+        Ok(Flow::GoOn)
+    }
+
+    fn pass_time(&mut self, now: Instant) {
+        if self.next_tick > now {
+            return;
+        }
+        let hangs_for = self
+            .unsynced
+            .front()
+            .map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since));
+        let mut ticks = 0;
+        while self.next_tick <= now && ticks < CATCH_UP_TICKS_MAX {
+            if self.is_fit_to_lead(hangs_for) {
+                self.parts.node.tick();
+            }
+            self.next_tick += self.parts.tick;
+            ticks += 1;
+        }
+        if self.next_tick <= now {
+            self.next_tick = now + self.parts.tick;
+        }
+        self.parts.published.set_progress(self.parts.node.progress());
+    }
+
+    /// Whether time may pass for a leader whose oldest write waits for so long.
+    fn is_fit_to_lead(&mut self, hangs_for: Duration) -> bool {
+        let RaftParts { node, election_timeout, published, .. } = &mut self.parts;
+        let leads = published.role.borrow().is_leader && !node.is_only_voter();
+        if !leads || hangs_for < *election_timeout {
+            self.resigns = false;
+            return true;
+        }
+        if !self.resigns {
+            self.resigns = true;
+            tracing::warn!(?hangs_for, "the disk hangs: handing leadership over");
+            if let Some(successor) = node.successor() {
+                node.transfer_leader(successor);
+            }
+        }
+        hangs_for < 2 * *election_timeout
+    }
+
+    fn take(&mut self, input: RaftInput, now: Instant) -> Result<(), RaftFailure> {
+        let node = &mut self.parts.node;
         match input {
-            RaftInput::Propose { data, sequence } => {
-                if let Err(refused) = self.node.propose(data) {
-                    let error = match refused {
-                        Refused::NotLeader => Error::LeaderChanged,
-                        Refused::Full => Error::TooManyRequests,
-                    };
-                    self.waiters.refuse(sequence, error);
+            RaftInput::Propose { proposal, term } => {
+                let sequence = proposal.sequence;
+                if let Err(refused) = self.propose(proposal, term) {
+                    self.parts.waiters.refuse(sequence, refused);
                 }
             }
-            RaftInput::ReadIndex(reply) => reads.queue.push(reply),
-            RaftInput::Persisted(number) => self.node.persisted(number),
+            RaftInput::Forwarded { proposals, term, refusals } => {
+                let mut refused = Vec::new();
+                for proposal in proposals {
+                    let sequence = proposal.sequence;
+                    if let Err(why) = self.propose(proposal, term) {
+                        refused.push((sequence, why));
+                    }
+                }
+                // Who asked may have gone.
+                let _ = refusals.send(refused);
+            }
+            RaftInput::Message(bytes) => self.step(&bytes)?,
+            RaftInput::Unreachable { id, is_broken: true } => node.lost_sight_of(id),
+            RaftInput::Unreachable { id, is_broken: false } => node.report_unreachable(id),
+            RaftInput::ReadIndex(reply) => self.reads.queue.push(reply),
+            RaftInput::Persisted(number) => {
+                node.persisted(number);
+                while self.unsynced.front().is_some_and(|(written, _)| *written <= number) {
+                    self.unsynced.pop_front();
+                }
+            }
+            RaftInput::Changed { index, is_accepted } => node.change_applied(index, is_accepted)?,
             RaftInput::Applied(index) => {
-                self.node.applied(index);
-                self.leads_alone(index, reads);
+                node.applied(index);
+                self.leads_alone(index, now);
+            }
+            RaftInput::Transfer(to) => node.transfer_leader(to),
+            RaftInput::Resign => {
+                if let Some(successor) = node.successor() {
+                    node.transfer_leader(successor);
+                }
             }
             RaftInput::Stop => {}
+        }
+        Ok(())
+    }
+
+    fn propose(&mut self, proposal: Proposal, term: u64) -> Result<(), Refused> {
+        let node = &mut self.parts.node;
+        if node.term() != term {
+            return Err(Refused::NotLeader);
+        }
+        match proposal.change {
+            None => node.propose(proposal.command),
+            Some(change) => node.propose_change(change, proposal.command),
+        }
+    }
+
+    fn step(&mut self, bytes: &[u8]) -> Result<(), RaftFailure> {
+        match self.parts.node.step(bytes) {
+            Err(malformed) if malformed.is_fatal() => Err(malformed.into()),
+            Err(malformed) => {
+                tracing::warn!(%malformed, "passed over a message of another member");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
         }
     }
 
     /// Carries out effects until there are none. The other threads end only after
     /// this one, so a message to them is lost only when they failed, and then the
     /// fault is raised already.
-    fn carry_out(&mut self, reads: &mut Reads) -> Result<(), RaftError> {
-        while let Some(effects) = self.node.effects()? {
-            let Effects { role, append, committed, reads: confirmed } = effects;
+    fn carry_out(&mut self, now: Instant) -> Result<(), RaftFailure> {
+        while let Some(effects) = self.parts.node.effects()? {
+            let Effects { role, messages, append, committed, reads, .. } = effects;
             if let Some(role) = role {
                 self.publish_role(role);
-                reads.term_index = None;
-                reads.start_over();
+                self.reads.term_index = None;
+                self.reads.start_over();
+            }
+            for message in messages {
+                let to = message.to;
+                if !self.parts.outbox.send(message) {
+                    self.parts.node.report_unreachable(to);
+                }
+            }
+            for to in effects.snapshots_wanted {
+                self.parts.outbox.make_snapshot(to);
             }
             if let Some(append) = append {
-                let _ = self.log.send(LogTask::Append(append));
+                self.unsynced.push_back((append.number, now));
+                let _ = self.parts.log.send(LogTask::Append(append));
             }
             if let Some(last) = committed.last() {
                 let (index, term) = (last.index, last.term);
-                self.published.set_committed(index);
+                self.parts.published.set_committed(index);
                 let committed_total = i64::try_from(index).unwrap_or(i64::MAX);
-                self.metrics.server_proposals_committed_total.set(committed_total);
-                let _ = self.apply.send(ApplyTask::Entries(committed));
-                let role = *self.published.role.borrow();
+                self.parts.metrics.server_proposals_committed_total.set(committed_total);
+                let _ = self.parts.apply.send(ApplyTask::Entries(committed));
+                let role = *self.parts.published.role.borrow();
                 // Only an entry of its own term tells a leader that all it holds
                 // is committed (raft paper, 5.4.2).
                 if role.is_leader && term == role.term {
-                    reads.term_index.get_or_insert(index);
+                    self.reads.term_index.get_or_insert(index);
                 }
             }
-            for read in confirmed {
-                reads.confirm(read.context, read.index);
+            for read in reads {
+                if let Some(asked_at) = self.reads.confirm(read.context, read.index) {
+                    self.parts.published.set_confirmed(asked_at);
+                }
             }
         }
         Ok(())
@@ -228,25 +423,31 @@ impl RaftThread {
 
     /// Everything up to `applied` is applied. A lone leader need ask nobody before it
     /// reads once that includes all that was committed before its term.
-    fn leads_alone(&self, applied: u64, reads: &Reads) {
-        if !self.published.is_lone_leader()
-            && reads.term_index.is_some_and(|index| index <= applied)
-            && self.node.is_only_voter()
-        {
-            self.published.set_lone_leader(true);
+    fn leads_alone(&self, applied: u64, now: Instant) {
+        let published = &self.parts.published;
+        let is_alone = self.parts.node.is_only_voter()
+            && published.role.borrow().is_leader
+            && self.reads.term_index.is_some_and(|index| index <= applied);
+        if published.is_lone_leader() != is_alone {
+            published.set_lone_leader(is_alone);
+        }
+        if is_alone {
+            published.set_confirmed(now);
         }
     }
 
     fn publish_role(&self, role: Role) {
-        self.published.set_lone_leader(false);
-        let before = self.published.role.send_replace(role);
-        self.metrics.server_has_leader.set(i64::from(role.leader != 0));
-        self.metrics.server_is_leader.set(i64::from(role.is_leader));
+        let RaftParts { published, metrics, .. } = &self.parts;
+        published.set_lone_leader(false);
+        published.forget_confirmed();
+        let before = published.role.send_replace(role);
+        metrics.server_has_leader.set(i64::from(role.leader != 0));
+        metrics.server_is_leader.set(i64::from(role.is_leader));
         if before.leader != role.leader && role.leader != 0 {
-            self.metrics.server_leader_changes_seen_total.inc();
+            metrics.server_leader_changes_seen_total.inc();
         }
         if before.leader != role.leader || before.is_leader != role.is_leader {
-            let member = format!("{:x}", self.member);
+            let member = format!("{:x}", self.parts.member);
             let leader = format!("{:x}", role.leader);
             if role.is_leader {
                 tracing::info!(member, term = role.term, "became leader");
@@ -259,20 +460,31 @@ impl RaftThread {
     }
 }
 
+/// A round of ReadIndex that is under way.
+struct Round {
+    context: [u8; 24],
+    waiting: Vec<oneshot::Sender<u64>>,
+    since: Instant,
+}
+
 /// Reads that wait for an index, and from when on none need wait.
-#[derive(Default)]
 struct Reads {
     /// While this member leads: an index whose entry is of its term and committed.
     term_index: Option<u64>,
     /// Not asked for yet.
     queue: Vec<oneshot::Sender<u64>>,
     round: Option<Round>,
-    /// The last context used. Unique within this node's life, which is all raft
-    /// compares it over.
-    context: u64,
+    member: u64,
+    boot: u64,
+    /// Rounds so far. With member and boot it makes a context that is never used again.
+    rounds: u64,
 }
 
 impl Reads {
+    fn new(member: u64, boot: u64) -> Reads {
+        Reads { term_index: None, queue: Vec::new(), round: None, member, boot, rounds: 0 }
+    }
+
     /// Starts a round for all who wait, when none is under way.
     fn ask(&mut self, node: &mut Node, now: Instant) {
         if self.round.as_ref().is_some_and(|round| now - round.since >= READ_INDEX_RETRY) {
@@ -285,10 +497,11 @@ impl Reads {
         if self.queue.is_empty() {
             return;
         }
-        self.context += 1;
-        if node.read_index(self.context) {
+        self.rounds += 1;
+        let context = context(self.member, self.boot, self.rounds);
+        if node.read_index(context) {
             let waiting = std::mem::take(&mut self.queue);
-            self.round = Some(Round { context: self.context, waiting, since: now });
+            self.round = Some(Round { context, waiting, since: now });
         }
     }
 
@@ -299,13 +512,21 @@ impl Reads {
         }
     }
 
-    fn confirm(&mut self, context: u64, index: u64) {
-        if self.round.as_ref().is_some_and(|round| round.context == context)
-            && let Some(round) = self.round.take()
-        {
-            for reply in round.waiting {
-                let _ = reply.send(index);
-            }
+    /// A round has its answer; returns when it was asked for.
+    fn confirm(&mut self, context: [u8; 24], index: u64) -> Option<Instant> {
+        let round = self.round.take_if(|round| round.context == context)?;
+        for reply in round.waiting {
+            let _ = reply.send(index);
         }
+        Some(round.since)
     }
+}
+
+fn context(member: u64, boot: u64, round: u64) -> [u8; 24] {
+    let mut context = [0; 24];
+    let numbers = [member, boot, round];
+    for (bytes, number) in context.chunks_exact_mut(8).zip(numbers) {
+        bytes.copy_from_slice(&number.to_be_bytes());
+    }
+    context
 }

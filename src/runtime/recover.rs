@@ -348,6 +348,7 @@ fn start(state: &StateMachine, recovered: Recovered) -> Start {
         election_ticks: 0,
         catch_up_entries: 0,
         pre_vote: true,
+        seed: 0,
         hard_state: recovered.hard_state,
         start: recovered.start,
         entries: recovered.entries,

@@ -1,9 +1,14 @@
 //! Who waits for which command to be applied.
 //!
 //! A proposal is registered here before it is proposed and leaves exactly once:
-//! answered by the apply thread, refused by the raft thread, or given up by the
-//! caller, whose receiver is then gone. The caller's end is a [`oneshot`], so a
+//! answered by the apply thread, refused by a leader, overtaken by a later term, or given
+//! up by the caller, whose receiver is then gone. The caller's end is a [`oneshot`], so a
 //! dropped future costs nothing here; the command may still be carried out.
+//!
+//! **Overtaken.** A command is proposed for one term: only the leader of that term appends
+//! it. The log's terms never go back, so once an entry of a later term is applied, a command
+//! of an earlier one that was not applied before it never will be. Whoever waits for it
+//! may propose it again, and it is carried out once at most.
 //!
 //! This is also where the amount of work under way is bounded, because it is the one
 //! place that a proposal enters once and leaves once: [`PENDING_MAX`] commands,
@@ -17,6 +22,7 @@ use tokio::sync::oneshot;
 
 use crate::error::Error;
 use crate::pb::kvorumpb::CommandHeader;
+use crate::raft::Refused;
 use crate::state::Outcome;
 
 /// Commands proposed by this member and not yet answered.
@@ -24,8 +30,18 @@ pub const PENDING_MAX: usize = 100_000;
 /// Their size in bytes.
 pub const PENDING_BYTES_MAX: usize = 128 * 1024 * 1024;
 
-/// What a proposer gets: the outcome of its command, or why there is none.
-pub type Answer = Result<Outcome, Error>;
+/// What a proposer gets.
+#[derive(Debug)]
+pub enum Answer {
+    /// The command was applied, and this came of it.
+    Applied(Outcome),
+    /// A leader has not taken it; it is in no log.
+    Refused(Refused),
+    /// It is in no log, or in one that lost: it was not carried out and never will be.
+    Overtaken,
+    /// Nobody will tell what became of it.
+    Lost(Error),
+}
 
 /// Proposals of this member that are not answered yet.
 pub struct Waiters {
@@ -39,15 +55,24 @@ pub struct Waiters {
 
 #[derive(Default)]
 struct Waiting {
-    senders: HashMap<u64, (oneshot::Sender<Answer>, usize)>,
+    waiters: HashMap<u64, Waiter>,
     bytes: usize,
+    /// The newest term of which an entry is applied.
+    applied_term: u64,
+}
+
+struct Waiter {
+    sender: oneshot::Sender<Answer>,
+    bytes: usize,
+    /// The term that the command is proposed for.
+    term: u64,
 }
 
 impl Waiting {
     fn remove(&mut self, sequence: u64) -> Option<oneshot::Sender<Answer>> {
-        let (sender, bytes) = self.senders.remove(&sequence)?;
-        self.bytes -= bytes;
-        Some(sender)
+        let waiter = self.waiters.remove(&sequence)?;
+        self.bytes -= waiter.bytes;
+        Some(waiter.sender)
     }
 }
 
@@ -63,7 +88,13 @@ impl Waiters {
         CommandHeader { member: self.member, boot: self.boot, sequence }
     }
 
-    /// Registers a command of `bytes` bytes; where its answer arrives.
+    /// What makes this member's contexts for read indexes differ from all others.
+    pub fn boot(&self) -> u64 {
+        self.boot
+    }
+
+    /// Registers a command of `bytes` bytes that is to be proposed for `term`; where its
+    /// answer arrives.
     ///
     /// # Errors
     /// [`Error::TooManyRequests`] when too much is under way already.
@@ -71,14 +102,19 @@ impl Waiters {
         &self,
         header: &CommandHeader,
         bytes: usize,
+        term: u64,
     ) -> Result<oneshot::Receiver<Answer>, Error> {
         let (sender, receiver) = oneshot::channel();
         let mut waiting = self.waiting.lock();
-        if waiting.senders.len() >= PENDING_MAX || waiting.bytes + bytes > PENDING_BYTES_MAX {
+        if waiting.waiters.len() >= PENDING_MAX || waiting.bytes + bytes > PENDING_BYTES_MAX {
             return Err(Error::TooManyRequests);
         }
+        if term < waiting.applied_term {
+            let _ = sender.send(Answer::Overtaken);
+            return Ok(receiver);
+        }
         waiting.bytes += bytes;
-        waiting.senders.insert(header.sequence, (sender, bytes));
+        waiting.waiters.insert(header.sequence, Waiter { sender, bytes, term });
         Ok(receiver)
     }
 
@@ -91,19 +127,44 @@ impl Waiters {
     }
 
     /// The proposal was not taken and never will be.
-    pub fn refuse(&self, sequence: u64, error: Error) {
+    pub fn refuse(&self, sequence: u64, refused: Refused) {
         let waiter = self.waiting.lock().remove(sequence);
         if let Some(waiter) = waiter {
             // Whoever does not wait any more does not want to know.
-            let _ = waiter.send(Err(error));
+            let _ = waiter.send(Answer::Refused(refused));
         }
     }
 
-    /// Answers everybody with `error`: the member stops.
+    /// An entry of this term is applied, and so is everything before it: what was proposed
+    /// for earlier terms and still waits is overtaken.
+    pub fn overtake(&self, term: u64) {
+        let mut waiting = self.waiting.lock();
+        if term <= waiting.applied_term {
+            return;
+        }
+        waiting.applied_term = term;
+        let overtaken: Vec<u64> = waiting
+            .waiters
+            .iter()
+            .filter(|(_, waiter)| waiter.term < term)
+            .map(|(sequence, _)| *sequence)
+            .collect();
+        for sequence in overtaken {
+            if let Some(sender) = waiting.remove(sequence) {
+                let _ = sender.send(Answer::Overtaken);
+            }
+        }
+    }
+
+    /// Answers everybody with `error`: the member stops, or has skipped the entries that
+    /// they wait for.
     pub fn fail_all(&self, error: &Error) {
-        let waiting = std::mem::take(&mut *self.waiting.lock());
-        for (waiter, _) in waiting.senders.into_values() {
-            let _ = waiter.send(Err(error.clone()));
+        let mut waiting = self.waiting.lock();
+        waiting.bytes = 0;
+        let waiters = std::mem::take(&mut waiting.waiters);
+        drop(waiting);
+        for waiter in waiters.into_values() {
+            let _ = waiter.sender.send(Answer::Lost(error.clone()));
         }
     }
 }

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
@@ -19,7 +20,7 @@ use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::ResponseHeader;
-use crate::raft::{Node, Start};
+use crate::raft::{Node, Outgoing, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{AutoCompactor, Retention};
 use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer, Removed};
@@ -30,9 +31,9 @@ use crate::runtime::history::StateHistory;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
 use crate::runtime::pins::Pins;
-use crate::runtime::proposer::Proposer;
+use crate::runtime::proposer::{Forwarder, Proposer};
 use crate::runtime::published::Published;
-use crate::runtime::raft_thread::RaftThread;
+use crate::runtime::raft_thread::{Outbox, Proposal, RaftParts, RaftThread};
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
 use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
@@ -111,6 +112,7 @@ impl Member {
             raft_sender.clone(),
             Arc::clone(&waiters),
             Arc::clone(&published),
+            Arc::new(Alone),
             Arc::clone(&metrics),
             limits.max_request_bytes,
             limits.election_timeout,
@@ -211,9 +213,10 @@ impl Member {
             metrics: Arc::clone(&metrics),
         };
         threads.front.push(spawn("apply", &fault, move || apply_thread.run())?);
-        let raft_thread = RaftThread {
+        let raft_parts = RaftParts {
             node,
             mailbox: raft_mailbox,
+            outbox: Box::new(Alone),
             log: log_sender,
             apply: apply_sender,
             published: Arc::clone(&published),
@@ -221,8 +224,10 @@ impl Member {
             metrics: Arc::clone(&metrics),
             fault: fault.clone(),
             tick: limits.heartbeat,
+            election_timeout: limits.election_timeout,
             member: identity.member_id,
         };
+        let raft_thread = RaftThread::new(raft_parts, Instant::now());
         threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
         let compactor = AutoCompactor {
@@ -270,6 +275,21 @@ impl Member {
     }
 }
 
+/// A member without others.
+struct Alone;
+
+impl Outbox for Alone {
+    fn send(&mut self, _message: Outgoing) -> bool {
+        false
+    }
+
+    fn make_snapshot(&mut self, _to: u64) {}
+}
+
+impl Forwarder for Alone {
+    fn forward(&self, _leader: u64, _term: u64, _proposal: Proposal) {}
+}
+
 /// What is on disk, or a new member, with raft's timing.
 async fn recover(config: &Config, place: Place, limits: &Limits) -> Result<Recovery, StartError> {
     let bootstrap = bootstrap(config);
@@ -278,6 +298,7 @@ async fn recover(config: &Config, place: Place, limits: &Limits) -> Result<Recov
     let Recovery { state, start, identity, is_new, .. } = &mut recovery;
     start.election_ticks = limits.election_ticks() as usize;
     start.pre_vote = config.pre_vote;
+    start.seed = getrandom::u64()?;
     start.catch_up_entries = config.snapshot_catchup();
     tracing::info!(
         member_id = format!("{:x}", identity.member_id),

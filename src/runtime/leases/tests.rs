@@ -1,6 +1,7 @@
 use std::sync::mpsc::{self, Receiver};
 
-use super::super::raft_thread::RaftInput;
+use super::super::proposer::Forwarder;
+use super::super::raft_thread::{Proposal, RaftInput};
 use super::super::waiters::Waiters;
 use super::*;
 use crate::log::Mark;
@@ -44,6 +45,7 @@ fn rig() -> Rig {
         sender,
         Arc::new(Waiters::new(1, 1)),
         Arc::clone(&published),
+        Arc::new(Nobody),
         Metrics::new().unwrap(),
         1024,
         Duration::from_secs(1),
@@ -54,6 +56,15 @@ fn rig() -> Rig {
         published,
         state: RwLock::new(state),
         _mailbox: mailbox,
+    }
+}
+
+/// Nobody else leads.
+struct Nobody;
+
+impl Forwarder for Nobody {
+    fn forward(&self, leader: u64, _term: u64, _proposal: Proposal) {
+        panic!("sent to {leader}");
     }
 }
 
