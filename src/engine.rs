@@ -23,6 +23,7 @@
 //! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
 //! the write: it may still happen.
 
+mod peer;
 mod range;
 
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use crate::error::Error;
 use crate::lease::{self, Lease};
 use crate::metrics::{Metrics, Op};
 use crate::mvcc::Store;
+use crate::net::{Client, Peers};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{MemberPublish, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
@@ -48,6 +50,7 @@ use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
+pub(crate) use peer::PeerFace;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
@@ -113,6 +116,7 @@ pub(crate) struct Parts {
     pub(crate) published: Arc<Published>,
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
+    pub(crate) peers: Peers,
     pub(crate) hub: HubHandle,
     pub(crate) hashes: Arc<CompactionHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
@@ -286,27 +290,51 @@ impl Engine {
         }
     }
 
-    /// Begins a lease's time anew. A TTL of 0 in the response: there is no such lease.
+    /// Begins a lease's time anew, at the leader. A TTL of 0 in the response: there is no
+    /// such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`], [`Error::Timeout`], [`Error::Stopped`].
+    /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
         self.serializable_check()?;
-        let header = self.header();
+        let header = Some(self.header());
+        let there = |mut client: Client| async move {
+            client.lease_keep_alive(LeaseKeepAliveRequest { id }).await
+        };
+        let response = self.at_leader(|| self.keep_alive_here(id), there).await?;
+        Ok(LeaseKeepAliveResponse { header, ..response })
+    }
+
+    /// The same, if this member leads.
+    async fn keep_alive_here(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+        let header = Some(self.header());
         let ttl = self.parts.leases.keep_alive(id, &self.parts.proposer).await?;
         if ttl > 0 {
             self.parts.metrics.debugging_lease_renewed_total.inc();
         }
-        Ok(LeaseKeepAliveResponse { header: Some(header), id, ttl })
+        Ok(LeaseKeepAliveResponse { header, id, ttl })
     }
 
-    /// What is left of a lease, in seconds, and its keys if wanted. A TTL of -1: there
-    /// is no such lease.
+    /// What is left of a lease, in seconds, and its keys if wanted: the leader knows. A TTL
+    /// of -1: there is no such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] or [`Error::LeaderChanged`] when this member stopped leading;
     /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn lease_time_to_live(
+        &self,
+        request: LeaseTimeToLiveRequest,
+    ) -> Result<LeaseTimeToLiveResponse, Error> {
+        let there = |mut client: Client| {
+            let request = request.clone();
+            async move { client.lease_time_to_live(request).await }
+        };
+        let here = || self.time_to_live_here(request.clone());
+        let response = self.at_leader(here, there).await?;
+        Ok(LeaseTimeToLiveResponse { header: Some(self.header()), ..response })
+    }
+
+    /// The same, if this member leads.
+    async fn time_to_live_here(
         &self,
         request: LeaseTimeToLiveRequest,
     ) -> Result<LeaseTimeToLiveResponse, Error> {
@@ -376,6 +404,32 @@ impl Engine {
         let id = self.parts.member_id;
         let request = Request::MemberPublish(MemberPublish { id, name, client_urls });
         self.parts.proposer.propose(request).await.map(drop)
+    }
+
+    /// Hands leadership to another voter. Dropping the future does not take it back.
+    ///
+    /// # Errors
+    /// [`Error::NotLeader`] when this member does not lead; [`Error::BadLeaderTransferee`]
+    /// for a member that is unknown or only listens; [`Error::LeaderTransferTimeout`].
+    pub async fn move_leader(
+        &self,
+        request: MoveLeaderRequest,
+    ) -> Result<MoveLeaderResponse, Error> {
+        let target = request.target_id;
+        if !self.parts.published.role.borrow().is_leader {
+            return Err(Error::NotLeader);
+        }
+        let is_voter = {
+            let state = self.parts.state.read();
+            state.members().get(target).is_some_and(|member| !member.is_learner)
+        };
+        if !is_voter {
+            return Err(Error::BadLeaderTransferee);
+        }
+        if target != self.parts.member_id {
+            self.parts.proposer.transfer_leader(target).await?;
+        }
+        Ok(MoveLeaderResponse { header: Some(self.header()) })
     }
 
     // ---- Maintenance ----

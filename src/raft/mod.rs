@@ -38,7 +38,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::Bytes;
 use protobuf::Message as _;
 use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, EntryType, MessageType};
-use raft::{Config as RaftConfig, RawNode, SnapshotStatus, StateRole};
+use raft::{Config as RaftConfig, ProgressState, RawNode, SnapshotStatus, StateRole};
 
 use crate::log::{Entry, HardState, Mark};
 pub use cache::LogCache;
@@ -542,11 +542,25 @@ impl Node {
         Ok(())
     }
 
-    /// Everything up to `index` is applied, of which the last entries are kept.
+    /// Everything up to `index` is applied, of which the last entries are kept, and those
+    /// that a member will need which is being sent a snapshot.
     pub fn applied(&mut self, index: u64) {
         self.raw.advance_apply_to(index);
-        let keep = self.catch_up_entries;
-        self.raw.mut_store().forget_applied(index, keep);
+        let needed = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
+            .map(|(_, progress)| progress.pending_snapshot)
+            .min();
+        let keep = index.saturating_sub(self.catch_up_entries);
+        self.raw.mut_store().forget_applied(index, needed.unwrap_or(keep).min(keep));
+    }
+
+    /// The log held here begins behind this index: a snapshot has to reach at least there.
+    pub fn log_start(&self) -> u64 {
+        self.raw.store().start_index()
     }
 
     /// A member cannot be reached: raft probes it rather than send it one message after the

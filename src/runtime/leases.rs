@@ -139,11 +139,12 @@ impl LeaseClock {
     /// tell a client that its keys are gone while others still read them.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
-    /// [`Error::Timeout`], [`Error::Stopped`].
+    /// [`Error::NotLeader`] when this member does not lead, [`Error::NoLeader`] when it stops
+    /// leading meanwhile; [`Error::Timeout`], [`Error::Stopped`].
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
         let mut waiting = None;
         loop {
+            proposer.confirm_leadership().await?;
             let (renewal, complete) = {
                 let mut deadlines = self.deadlines.lock();
                 (deadlines.expiry.renew(id, self.now()), deadlines.complete)
