@@ -11,7 +11,7 @@ use crate::raft::Role;
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
 /// `committed`, `lone_leader`, `stopped`), by apply's (`applied`, `applied_term`,
-/// `removed_below`, `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
+/// `removed_below`, `size_bytes`, `learner`) or by the checkpoint's (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.
@@ -26,6 +26,7 @@ pub struct Published {
     applied_term: AtomicU64,
     committed: AtomicU64,
     lone_leader: AtomicBool,
+    learner: AtomicBool,
     size_bytes: AtomicU64,
     checkpoint_bytes: AtomicU64,
 }
@@ -41,6 +42,7 @@ impl Published {
             applied_term: AtomicU64::new(applied_term),
             committed: AtomicU64::new(applied),
             lone_leader: AtomicBool::new(false),
+            learner: AtomicBool::new(false),
             size_bytes: AtomicU64::new(0),
             checkpoint_bytes: AtomicU64::new(0),
         }
@@ -62,6 +64,16 @@ impl Published {
     /// applied before.
     pub fn is_lone_leader(&self) -> bool {
         self.lone_leader.load(Ordering::Acquire)
+    }
+
+    /// Whether this member only listens, as of the newest applied entry.
+    pub fn is_learner(&self) -> bool {
+        self.learner.load(Ordering::Relaxed)
+    }
+
+    /// Told by the apply thread, and by the server when it starts.
+    pub fn set_learner(&self, learner: bool) {
+        self.learner.store(learner, Ordering::Relaxed);
     }
 
     /// Bytes of all records that are held; what the quota is compared with.
