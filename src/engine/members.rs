@@ -29,7 +29,8 @@ impl Engine {
     /// [`Error::NotEnoughStartedMembers`] and [`Error::UnhealthyCluster`]; no answer from the
     /// cluster.
     pub async fn member_add(&self, request: MemberAddRequest) -> Result<MemberAddResponse, Error> {
-        let peer_urls = reconfig::peer_urls(&request.peer_ur_ls)?;
+        let mut peer_urls = reconfig::peer_urls(&request.peer_ur_ls)?;
+        peer_urls.sort_unstable();
         let is_learner = request.is_learner;
         self.strictly(|view| view.may_add(is_learner))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -64,17 +65,23 @@ impl Engine {
         Ok(MemberRemoveResponse { header: self.cluster_header(), members })
     }
 
-    /// Gives a member other peer URLs. As in etcd, nobody looks at what they are.
+    /// Gives a member other peer URLs.
     ///
     /// # Errors
-    /// [`Error::MemberNotFound`], [`Error::PeerUrlExists`]; no answer from the cluster.
+    /// [`Error::MemberNotFound`], [`Error::PeerUrlExists`], [`Error::MemberBadUrls`]; no answer
+    /// from the cluster.
     pub async fn member_update(
         &self,
         request: MemberUpdateRequest,
     ) -> Result<MemberUpdateResponse, Error> {
-        let MemberUpdateRequest { id, peer_ur_ls: peer_urls } = request;
-        let record = MemberRecord { id, peer_urls, ..MemberRecord::default() };
-        let members = self.change_members(Change::Update(record)).await?;
+        let MemberUpdateRequest { id, peer_ur_ls } = request;
+        let change =
+            |peer_urls| Change::Update(MemberRecord { id, peer_urls, ..MemberRecord::default() });
+        let peer_urls = reconfig::peer_urls(&peer_ur_ls).map_err(|bad| {
+            // etcd does not look at the URLs themselves before all its members fail over them.
+            self.parts.state.read().members().check(&change(peer_ur_ls)).err().unwrap_or(bad)
+        })?;
+        let members = self.change_members(change(peer_urls)).await?;
         Ok(MemberUpdateResponse { header: self.cluster_header(), members })
     }
 

@@ -131,18 +131,15 @@ impl Progress {
     }
 }
 
-/// Peer URLs as a member's record has them. At least one, each `http(s)://host:port` without a
-/// path, or `unix(s)://…`.
+/// Peer URLs without space around them. At least one, each `http(s)://host:port` without a path,
+/// or `unix(s)://…`.
 ///
 /// # Errors
 /// [`Error::MemberBadUrls`].
 pub fn peer_urls(given: &[String]) -> Result<Vec<String>, Error> {
-    let mut urls: Vec<String> = given.iter().map(|url| url.trim().to_owned()).collect();
-    if urls.is_empty() || !urls.iter().all(|url| is_peer_url(url)) {
-        return Err(Error::MemberBadUrls);
-    }
-    urls.sort_unstable();
-    Ok(urls)
+    let urls: Vec<String> = given.iter().map(|url| url.trim().to_owned()).collect();
+    let are_good = !urls.is_empty() && urls.iter().all(|url| is_peer_url(url));
+    if are_good { Ok(urls) } else { Err(Error::MemberBadUrls) }
 }
 
 fn is_peer_url(url: &str) -> bool {
