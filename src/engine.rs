@@ -111,7 +111,8 @@ pub struct RaftStatus {
     pub applied: u64,
 }
 
-/// How long this member has been connected to another; `None` when it is not.
+/// How long this member has been connected to another; `None` when it is not. Called while the
+/// state is held for reading.
 pub(crate) type Reachable = Arc<dyn Fn(u64) -> Option<Duration> + Send + Sync>;
 /// How far a member has followed this one, which leads; `None` when raft does not know, or
 /// when this one does not lead.
