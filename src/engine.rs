@@ -24,8 +24,10 @@
 //! the write: it may still happen.
 
 mod peer;
+mod members;
 mod range;
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -52,6 +54,7 @@ use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub(crate) use peer::PeerFace;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
+use crate::state::reconfig::Progress;
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
 
@@ -67,6 +70,10 @@ pub struct Limits {
     pub max_txn_ops: usize,
     /// `--quota-backend-bytes`; `None` when there is no quota.
     pub quota_bytes: Option<u64>,
+    /// `--strict-reconfig-check`: whether changes of the members must be safe.
+    pub strict_reconfig_check: bool,
+    /// `--max-learners`.
+    pub max_learners: u64,
     /// `--heartbeat-interval`.
     pub heartbeat: Duration,
     /// `--election-timeout`.
@@ -107,6 +114,19 @@ pub struct RaftStatus {
     pub applied: u64,
 }
 
+/// How long this member has been connected to another; `None` when it is not. Called while the
+/// state is held for reading.
+pub(crate) type Reachable = Arc<dyn Fn(u64) -> Option<Duration> + Send + Sync>;
+/// How far a member has followed this one, which leads; `None` when raft does not know, or
+/// when this one does not lead.
+pub(crate) type Follows = Arc<dyn Fn(u64) -> Option<Progress> + Send + Sync>;
+/// Has the leader, which is another member, promote a learner; gives all members as they are
+/// then. Waits for a leader, and tries again when it is no more, for as long as a request may
+/// take.
+pub(crate) type PromoteAtLeader = Arc<
+    dyn Fn(u64) -> Pin<Box<dyn Future<Output = Result<Vec<Member>, Error>> + Send>> + Send + Sync,
+>;
+
 /// The parts an engine is made of. Put together by the server.
 pub(crate) struct Parts {
     pub(crate) member_id: u64,
@@ -123,6 +143,9 @@ pub(crate) struct Parts {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gauges: Gauges,
     pub(crate) fault: Fault,
+    pub(crate) reachable: Reachable,
+    pub(crate) progress: Follows,
+    pub(crate) promote_at_leader: PromoteAtLeader,
     /// Whether the server takes no new work.
     pub(crate) stopping: watch::Receiver<bool>,
     /// Whether a disk has no space left to give.
@@ -390,9 +413,7 @@ impl Engine {
             self.parts.proposer.read_barrier().await?;
         }
         let members = self.parts.state.read().members().list();
-        // etcd's cluster service leaves the revision out.
-        let header = ResponseHeader { revision: 0, ..self.header() };
-        Ok(MemberListResponse { header: Some(header), members })
+        Ok(MemberListResponse { header: self.cluster_header(), members })
     }
 
     /// Tells the cluster this member's name and where its clients reach it.
@@ -602,8 +623,7 @@ impl Engine {
 
     /// Whether this member only listens.
     pub fn is_learner(&self) -> bool {
-        let state = self.parts.state.read();
-        state.members().get(self.parts.member_id).is_some_and(|member| member.is_learner)
+        self.parts.published.is_learner()
     }
 
     /// This member's id.

@@ -115,6 +115,11 @@ pub use memory::{MemoryDisk, MemoryLog};
 /// [`Options::segment_bytes`] unless there is a reason.
 pub const SEGMENT_BYTES_DEFAULT: u64 = 64 << 20;
 
+/// Where the log of a new cluster starts. It is no entry: it stands for the first members,
+/// whom every one of them knows by itself. A member that joins later begins with an empty
+/// log at (0, 0), lacks that start, and so is sent a snapshot, which brings the members.
+pub const BOOTSTRAP: Mark = Mark { index: 1, term: 1 };
+
 /// raft's own durable state. All zero in a log that was never written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HardState {

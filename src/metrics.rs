@@ -687,7 +687,7 @@ impl From<&Request> for Op {
             Request::Compaction(_) | Request::AutoCompact(_) => Op::Compaction,
             Request::LeaseGrant(_) => Op::LeaseGrant,
             Request::LeaseRevoke(_) | Request::LeaseExpire(_) => Op::LeaseRevoke,
-            Request::LeaseCheckpoint(_) => Op::LeaseCheckpoint,
+            Request::LeaseCheckpoint(_) | Request::LeaseRemainders(_) => Op::LeaseCheckpoint,
             Request::Alarm(_) => Op::Alarm,
             Request::MemberPublish(_) | Request::MemberChange(_) => Op::ClusterMemberAttrSet,
         }

@@ -139,6 +139,10 @@ pub fn grpc_router(engine: Engine, metrics: Arc<Metrics>) -> axum::Router {
             let engine = engine.clone();
             Box::new(move || engine.has_leader())
         },
+        is_learner: {
+            let engine = engine.clone();
+            Box::new(move || engine.is_learner())
+        },
     };
     let services = Services::new(&engine, max_message_bytes);
     axum::Router::new().fallback_service(Intercept::new(services, settings, metrics))

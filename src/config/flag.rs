@@ -300,7 +300,7 @@ flags! {
         /// `--listen-client-urls` is set.
         "advertise-client-urls" advertise_client_urls: Vec<Url> = urls(CLIENT_URL), Same, Works;
         /// Refuse changes of membership that would lose the quorum.
-        "strict-reconfig-check" strict_reconfig_check: bool = true, Same, Nothing(NO_PEERS);
+        "strict-reconfig-check" strict_reconfig_check: bool = true, Same, Works;
         /// Ask for votes before an election, so that a member that was cut off does not disturb
         /// when it comes back.
         "pre-vote" pre_vote: bool = true, Same, Nothing("a member that is alone has nobody to ask");
@@ -494,7 +494,7 @@ flags! {
         /// Megabytes that must be gained for the data to be defragmented at start; 0 means never.
         "bootstrap-defrag-threshold-megabytes" bootstrap_defrag_threshold_megabytes: u64 = 0, Same, Nothing(NO_BBOLT);
         /// Number of learners the cluster may have.
-        "max-learners" max_learners: u64 = 1, Same, Nothing(NO_PEERS);
+        "max-learners" max_learners: u64 = 1, Same, Works;
         /// Time between two looks at whether the cluster is being downgraded.
         "downgrade-check-time" downgrade_check_time: Duration = secs(5), Same, Nothing(NO_PEERS);
     }

@@ -6,7 +6,7 @@ pub struct Command {
     pub header: ::core::option::Option<CommandHeader>,
     #[prost(
         oneof = "command::Request",
-        tags = "4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23"
+        tags = "4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23, 24"
     )]
     pub request: ::core::option::Option<command::Request>,
 }
@@ -28,6 +28,7 @@ pub mod command {
         LeaseRevoke(super::super::etcdserverpb::LeaseRevokeRequest),
         #[prost(message, tag = "10")]
         Alarm(super::super::etcdserverpb::AlarmRequest),
+        /// Leases whose whole time is theirs again: asked for by keepalives, whoever leads.
         #[prost(message, tag = "11")]
         LeaseCheckpoint(super::super::etcdserverpb::LeaseCheckpointRequest),
         #[prost(message, tag = "20")]
@@ -38,6 +39,8 @@ pub mod command {
         MemberPublish(super::MemberPublish),
         #[prost(message, tag = "23")]
         MemberChange(super::MemberChange),
+        #[prost(message, tag = "24")]
+        LeaseRemainders(super::LeaseRemainders),
     }
 }
 /// Who asked. The triple (member, boot, sequence) is never used twice, so the
@@ -60,6 +63,15 @@ pub struct LeaseExpire {
     pub term: u64,
     #[prost(int64, repeated, tag = "2")]
     pub ids: ::prost::alloc::vec::Vec<i64>,
+}
+/// What is left of leases by the leader's clock. Ignored like LeaseExpire when the entry's
+/// term is another one: a later leader may have acknowledged keepalives meanwhile.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LeaseRemainders {
+    #[prost(uint64, tag = "1")]
+    pub term: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub checkpoints: ::prost::alloc::vec::Vec<super::etcdserverpb::LeaseCheckpoint>,
 }
 /// A compaction that the leader decided by --auto-compaction-\*. Ignored like
 /// LeaseExpire when the entry's term is another one.

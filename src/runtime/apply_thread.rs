@@ -249,6 +249,9 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_in_use_bytes());
+        if effects.members_changed {
+            self.published.set_learner(state.is_learner());
+        }
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.
             self.hashes.push(HashJob::new(hash, &self.pins));

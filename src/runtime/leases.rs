@@ -17,7 +17,7 @@ use crate::error::Error;
 use crate::lease::{Expiry, Lessor, Renewal};
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::{LeaseCheckpoint, LeaseCheckpointRequest};
-use crate::pb::kvorumpb::{LeaseExpire, command::Request};
+use crate::pb::kvorumpb::{LeaseExpire, LeaseRemainders, command::Request};
 use crate::state::{LeaseChange, StateMachine};
 
 /// How often the leader looks for leases whose time is up. etcd takes 500 ms.
@@ -254,7 +254,7 @@ impl LeaseDuty {
                 led_term = Some(now.term);
             }
             self.expire(now.term).await;
-            self.checkpoint().await;
+            self.checkpoint(now.term).await;
         }
     }
 
@@ -286,7 +286,7 @@ impl LeaseDuty {
         }
     }
 
-    async fn checkpoint(&self) {
+    async fn checkpoint(&self, term: u64) {
         let due = {
             let now = self.clock.now();
             self.clock.deadlines.lock().expiry.due_checkpoints(now, CHECKPOINTS_PER_ENTRY)
@@ -296,8 +296,8 @@ impl LeaseDuty {
         }
         let checkpoints =
             due.into_iter().map(|(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl });
-        let request = LeaseCheckpointRequest { checkpoints: checkpoints.collect() };
-        if let Err(error) = self.proposer.propose(Request::LeaseCheckpoint(request)).await {
+        let request = LeaseRemainders { term, checkpoints: checkpoints.collect() };
+        if let Err(error) = self.proposer.propose(Request::LeaseRemainders(request)).await {
             tracing::warn!(%error, "failed to checkpoint leases");
         }
     }

@@ -13,8 +13,8 @@ use tokio::sync::watch;
 use crate::raft::{Progress, Role};
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
-/// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`, `applied_term`,
-/// `removed_below`, `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
+/// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`,
+/// `applied_term`, `removed_below`, `size_bytes`, `learner`) or by the checkpoint's (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.
@@ -31,6 +31,7 @@ pub struct Published {
     lone_leader: AtomicBool,
     confirmed: Mutex<Option<Instant>>,
     progress: Mutex<Vec<Progress>>,
+    learner: AtomicBool,
     size_bytes: AtomicU64,
     checkpoint_bytes: AtomicU64,
 }
@@ -48,6 +49,7 @@ impl Published {
             lone_leader: AtomicBool::new(false),
             confirmed: Mutex::default(),
             progress: Mutex::default(),
+            learner: AtomicBool::new(false),
             size_bytes: AtomicU64::new(0),
             checkpoint_bytes: AtomicU64::new(0),
         }
@@ -81,6 +83,16 @@ impl Published {
     /// How far each member is, of the last tick; empty unless this member leads.
     pub fn progress(&self) -> Vec<Progress> {
         self.progress.lock().clone()
+    }
+
+    /// Whether this member only listens, as of the newest applied entry.
+    pub fn is_learner(&self) -> bool {
+        self.learner.load(Ordering::Relaxed)
+    }
+
+    /// Told by the apply thread, and by the server when it starts.
+    pub fn set_learner(&self, learner: bool) {
+        self.learner.store(learner, Ordering::Relaxed);
     }
 
     /// Bytes of all records that are held; what the quota is compared with.

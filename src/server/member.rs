@@ -17,6 +17,7 @@ use super::StartError;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
 use crate::config::{AutoCompaction, Config, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
+use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::ResponseHeader;
@@ -77,6 +78,7 @@ impl Member {
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_in_use_bytes());
+        published.set_learner(state.read().is_learner());
         published.set_checkpoint_bytes(storage.size_on_disk().map_err(OpenError::from)?);
         let waiters = Arc::new(Waiters::new(identity.member_id, getrandom::u64()?));
         let leases = Arc::new(LeaseClock::new(Arc::clone(&published)));
@@ -139,6 +141,9 @@ impl Member {
                 seen: Mutex::default(),
             },
             fault: fault.clone(),
+            reachable: Arc::new(|_| None),
+            progress: Arc::new(|_| None),
+            promote_at_leader: Arc::new(|_| Box::pin(async { Err(Error::NoLeader) })),
             stopping: signal.subscribe(),
             shortage: Arc::clone(&shortage),
             limits: limits.clone(),
@@ -348,6 +353,8 @@ fn limits(config: &Config) -> Limits {
         max_request_bytes: usize::try_from(config.max_request_bytes).unwrap_or(usize::MAX),
         max_txn_ops: usize::try_from(config.max_txn_ops).unwrap_or(usize::MAX),
         quota_bytes: config.quota_bytes(),
+        strict_reconfig_check: config.strict_reconfig_check,
+        max_learners: config.max_learners,
         heartbeat: config.heartbeat(),
         election_timeout: config.election(),
         warning_unary_request_duration: config.slow_request(),
