@@ -29,6 +29,7 @@ mod lease;
 pub mod listener;
 mod lock;
 mod maintenance;
+pub mod peer;
 mod probe;
 pub mod status;
 pub mod tls;
