@@ -18,6 +18,7 @@ mod auth;
 mod authority;
 mod cluster;
 mod concurrency;
+pub mod connector;
 mod election;
 pub mod gateway;
 mod gather;
