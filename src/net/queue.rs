@@ -147,8 +147,9 @@ impl Messages {
     }
 
     fn push(&mut self, message: Bytes) -> bool {
-        let fits = self.bytes.saturating_add(message.len()) <= self.max_bytes;
-        if !self.messages.is_empty() && !(fits && self.messages.len() < self.max_messages) {
+        let full = self.messages.len() >= self.max_messages
+            || self.bytes.saturating_add(message.len()) > self.max_bytes;
+        if full && !self.messages.is_empty() {
             return false;
         }
         self.bytes += message.len();

@@ -134,7 +134,7 @@ impl Server {
         let (sender, received) = mpsc::unbounded_channel();
         let fake = Fake { removed: Mutex::default(), received: sender, answer: Mutex::default() };
         let fake = Arc::new(fake);
-        let metrics = Arc::new(Metrics::new().unwrap());
+        let metrics = Metrics::new().unwrap();
         let (stopping, stopped) = watch::channel(false);
         let versions = || Versions { server: "3.7.0".to_owned(), cluster: None, storage: None };
         let receiver: Arc<dyn Receiver> = Arc::<Fake>::clone(&fake);
@@ -174,7 +174,7 @@ impl Sender {
 
     fn with(cluster_id: u64, connector: Connector, urls: &[&str]) -> Sender {
         let (sender, events) = mpsc::unbounded_channel();
-        let metrics = Arc::new(Metrics::new().unwrap());
+        let metrics = Metrics::new().unwrap();
         let peers = Peers::new(
             cluster_id,
             B,
@@ -307,9 +307,11 @@ async fn all_urls_are_tried_and_calls_follow() {
     // Bound and closed again: nobody listens there.
     let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let mut server = Server::start();
-    let urls = ["no url", &format!("http://{nobody}"), server.url.as_str()];
+    let url = server.url.to_string();
+    let urls = ["no url", &format!("http://{nobody}"), &url];
     let sender = Sender::with(CLUSTER, connector(None), &urls);
     sender.get_through(&mut server).await;
+    sender.active(true).await;
     let request = LeaseKeepAliveRequest { id: 5 };
     let answer = sender.peers.client(A).unwrap().lease_keep_alive(request).await.unwrap();
     assert_eq!(answer.into_inner().id, 5);
@@ -374,16 +376,15 @@ async fn a_peer_that_accepts_and_is_silent_is_given_up() {
 #[tokio::test]
 async fn a_peer_that_does_not_read_fills_the_queue_and_no_more() {
     // It takes the stream, and never a message of it.
-    let taken = || async {
-        let headers = [(CONTENT_TYPE, "application/grpc")];
-        (headers, axum::body::Body::from_stream(tokio_stream::pending::<Result<Bytes, Error>>()))
-    };
     let router = Router::new().fallback(|request: HttpRequest| async move {
+        let (sender, never) = mpsc::channel::<Result<http_body::Frame<Bytes>, Error>>(1);
         tokio::spawn(async move {
-            let _held = request;
+            let _held = (request, sender);
             std::future::pending::<()>().await;
         });
-        taken().await
+        let never = tokio_stream::wrappers::ReceiverStream::new(never);
+        let body = axum::body::Body::new(http_body_util::StreamBody::new(never));
+        ([(CONTENT_TYPE, "application/grpc")], body)
     });
     let url = Url::parse("http://127.0.0.1:0").unwrap();
     let listener = Listener::bind(&url, None, &SocketOptions::default()).unwrap();
@@ -408,6 +409,50 @@ async fn a_peer_that_does_not_read_fills_the_queue_and_no_more() {
     assert!(taken <= BULK_QUEUE_BYTES + (8 << 20), "{taken}: the rest is in buffers");
     assert!(sender.peers.send(A, "heartbeat".into(), Lane::Urgent), "its lane is not full");
     assert!(sender.metrics.peer(B, A).sent_failures.get() > 0);
+}
+
+/// Passes connections on to a server until it is frozen: then they stay up and nothing gets
+/// through, as in a partition.
+struct Proxy {
+    url: Url,
+    frozen: watch::Sender<bool>,
+}
+
+impl Proxy {
+    async fn to(server: &Url) -> Proxy {
+        let target = server.socket_addrs(|| None).unwrap()[0];
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = Url::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap();
+        let (frozen, is_frozen) = watch::channel(false);
+        tokio::spawn(async move {
+            while let Ok((mut near, _)) = listener.accept().await {
+                let is_frozen = is_frozen.clone();
+                tokio::spawn(async move {
+                    let mut far = tokio::net::TcpStream::connect(target).await.unwrap();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+                        () = raised(is_frozen) => std::future::pending().await,
+                    }
+                });
+            }
+        });
+        Proxy { url, frozen }
+    }
+}
+
+#[tokio::test]
+async fn a_connection_does_not_outlive_a_partition() {
+    let mut server = Server::start();
+    let proxy = Proxy::to(&server.url).await;
+    let mut sender = Sender::to(&proxy.url);
+    sender.get_through(&mut server).await;
+    sender.active(true).await;
+    proxy.frozen.send(true).unwrap();
+    assert_eq!(sender.event().await, PeerEvent::Unreachable(A), "pings go unanswered");
+    assert!(sender.peers.active_since(A).is_none());
+    while server.received.try_recv().is_ok() {}
+    proxy.frozen.send(false).unwrap();
+    sender.get_through(&mut server).await;
 }
 
 // Who talks to whom.
