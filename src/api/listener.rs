@@ -257,7 +257,7 @@ impl Listener {
 
 /// `unix:///run/kvorum.sock` is absolute, `unix://kvorum.sock` relative; a colon may be
 /// part of the name, as in etcd's `unix://localhost:2379`.
-fn unix_path(url: &Url) -> Option<PathBuf> {
+pub(super) fn unix_path(url: &Url) -> Option<PathBuf> {
     let host = url.host_str().unwrap_or_default();
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     let path = format!("{host}{port}{}", url.path());
@@ -463,6 +463,9 @@ impl Shared {
             Ok(Some((Opened::Tls(stream), http2, connection))) => {
                 self.requests(*stream, http2, connection).await;
             }
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                tracing::warn!(?remote, %error, "connection rejected");
+            }
             Err(error) => tracing::debug!(?remote, %error, "connection rejected"),
         }
     }
@@ -499,10 +502,15 @@ impl Shared {
             return Ok(None);
         };
         let (_, session) = stream.get_ref();
-        let peer_common_name = session
-            .peer_certificates()
-            .and_then(<[_]>::first)
-            .and_then(|certificate| common_name(certificate));
+        let certificates = session.peer_certificates();
+        if !tls.admits(certificates) {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "client certificate authentication failed",
+            ));
+        }
+        let peer_common_name =
+            certificates.and_then(<[_]>::first).and_then(|certificate| common_name(certificate));
         let connection = Connection { remote, tls: true, peer_common_name };
         let mut stream = Sniffed::new(stream);
         let http2 = timeout(header_read_timeout, stream.is_http2()).await??;
@@ -641,8 +649,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sniffed<S> {
 
 writes_pass!(Sniffed);
 
-/// An accepted socket.
-enum Stream {
+/// A connected socket.
+pub(super) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
 }

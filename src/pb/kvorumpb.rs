@@ -164,9 +164,15 @@ pub struct CheckpointHead {
 pub struct RaftMessages {
     #[prost(bytes = "bytes", repeated, tag = "1")]
     pub messages: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// Unless zero, the receiver sends it back: that is how the round trip is measured.
+    #[prost(uint64, tag = "2")]
+    pub probe: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RaftMessagesEnd {}
+pub struct RaftMessagesReply {
+    #[prost(uint64, tag = "1")]
+    pub probe: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotChunk {
     #[prost(oneof = "snapshot_chunk::Part", tags = "1, 2, 3")]
@@ -388,13 +394,13 @@ pub mod peer_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Raft's messages, in order, for as long as the connection lives. The answer comes when
-        /// the stream ends.
+        /// Raft's messages, for as long as the connection lives. That the answer begins says that
+        /// the receiver takes them; after that it has nothing but answers to probes.
         pub async fn messages(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::RaftMessages>,
         ) -> std::result::Result<
-            tonic::Response<super::RaftMessagesEnd>,
+            tonic::Response<tonic::codec::Streaming<super::RaftMessagesReply>>,
             tonic::Status,
         > {
             self.inner
@@ -409,7 +415,7 @@ pub mod peer_client {
             let path = http::uri::PathAndQuery::from_static("/kvorumpb.Peer/Messages");
             let mut req = request.into_streaming_request();
             req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "Messages"));
-            self.inner.client_streaming(req, path, codec).await
+            self.inner.streaming(req, path, codec).await
         }
         /// A snapshot for a member that is too far behind. The receiver says first how much of it
         /// is there from an earlier attempt, and at the end that all of it is in force.
@@ -594,12 +600,18 @@ pub mod peer_server {
     /// Generated trait containing gRPC methods that should be implemented for use with PeerServer.
     #[async_trait]
     pub trait Peer: std::marker::Send + std::marker::Sync + 'static {
-        /// Raft's messages, in order, for as long as the connection lives. The answer comes when
-        /// the stream ends.
+        /// Server streaming response type for the Messages method.
+        type MessagesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RaftMessagesReply, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Raft's messages, for as long as the connection lives. That the answer begins says that
+        /// the receiver takes them; after that it has nothing but answers to probes.
         async fn messages(
             &self,
             request: tonic::Request<tonic::Streaming<super::RaftMessages>>,
-        ) -> std::result::Result<tonic::Response<super::RaftMessagesEnd>, tonic::Status>;
+        ) -> std::result::Result<tonic::Response<Self::MessagesStream>, tonic::Status>;
         /// Server streaming response type for the Snapshot method.
         type SnapshotStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::SnapshotProgress, tonic::Status>,
@@ -732,13 +744,12 @@ pub mod peer_server {
                 "/kvorumpb.Peer/Messages" => {
                     #[allow(non_camel_case_types)]
                     struct MessagesSvc<T: Peer>(pub Arc<T>);
-                    impl<
-                        T: Peer,
-                    > tonic::server::ClientStreamingService<super::RaftMessages>
+                    impl<T: Peer> tonic::server::StreamingService<super::RaftMessages>
                     for MessagesSvc<T> {
-                        type Response = super::RaftMessagesEnd;
+                        type Response = super::RaftMessagesReply;
+                        type ResponseStream = T::MessagesStream;
                         type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
+                            tonic::Response<Self::ResponseStream>,
                             tonic::Status,
                         >;
                         fn call(
@@ -771,7 +782,7 @@ pub mod peer_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.client_streaming(method, req).await;
+                        let res = grpc.streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
