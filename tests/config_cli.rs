@@ -75,7 +75,7 @@ fn exit_codes_tell_the_mistake() {
         (
             &["--initial-cluster-state=existing", "--data-dir=/no/such/directory"],
             1,
-            "clusters are not supported by this version yet",
+            "could not retrieve cluster information from the given URLs",
         ),
         (
             &["--log-outputs=/no/such/directory/log", "--data-dir=/no/such/directory"],
