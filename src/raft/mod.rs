@@ -24,6 +24,7 @@
 //!   the disk.
 
 mod cache;
+mod change;
 mod drain;
 
 use protobuf::Message as _;
@@ -32,6 +33,7 @@ use raft::{Config as RaftConfig, RawNode, StateRole};
 
 use crate::log::{Entry, HardState, Mark};
 pub use cache::LogCache;
+pub use change::{Change, change_entry, is_change};
 
 /// One message between members carries at most this many bytes of entries; etcd's value.
 const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;

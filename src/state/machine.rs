@@ -19,7 +19,7 @@ use super::members::Members;
 use super::txn;
 use crate::error::Error;
 use crate::lease::{Lease, Lessor};
-use crate::log::Mark;
+use crate::log::{BOOTSTRAP, Mark};
 use crate::mvcc::{Change, HashKv, KeyRange, RangeEnd, Revision, Store};
 use crate::pb::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
@@ -167,9 +167,32 @@ pub struct StateMachine {
 }
 
 impl StateMachine {
-    /// The state of a new cluster with these members, before anything is applied.
+    /// The state of a new cluster with these members, where its log begins.
     /// `member_id` is the member that holds this state.
     pub fn bootstrap(member_id: u64, members: Members, cluster_version: String) -> StateMachine {
+        StateMachine::empty(member_id, members, cluster_version, BOOTSTRAP)
+    }
+
+    /// The state of a member that joins a cluster, before it has any of the cluster's log: a
+    /// snapshot comes first and replaces all this. The members are there to be reached, and
+    /// for the cluster's id; none of them counts yet
+    /// ([`StateMachine::configuration_members`]).
+    pub fn joining(
+        member_id: u64,
+        cluster_id: u64,
+        members: Vec<MemberRecord>,
+        cluster_version: String,
+    ) -> StateMachine {
+        let members = Members::restore(cluster_id, members);
+        StateMachine::empty(member_id, members, cluster_version, Mark::default())
+    }
+
+    fn empty(
+        member_id: u64,
+        members: Members,
+        cluster_version: String,
+        applied: Mark,
+    ) -> StateMachine {
         StateMachine {
             store: Store::new(),
             lessor: Lessor::default(),
@@ -177,7 +200,7 @@ impl StateMachine {
             member_id,
             cluster_version,
             alarms: BTreeSet::new(),
-            applied: Mark::default(),
+            applied,
             dirty: Dirty { rest: true, ..Dirty::default() },
         }
     }
@@ -215,6 +238,16 @@ impl StateMachine {
     /// The members.
     pub fn members(&self) -> &Members {
         &self.members
+    }
+
+    /// Who votes and who only listens as of the applied index: raft's configuration. Nobody
+    /// before anything is applied, since the members a joining one was told of may be others
+    /// by the time a leader reaches it.
+    pub fn configuration_members(&self) -> (Vec<u64>, Vec<u64>) {
+        if self.applied.index == 0 {
+            return (Vec::new(), Vec::new());
+        }
+        self.members.voters_and_learners()
     }
 
     /// The member that holds this state.
