@@ -74,6 +74,17 @@ pub struct Bootstrap {
     pub force_new_cluster: bool,
 }
 
+impl Bootstrap {
+    /// The peer URLs of all members but this one, in etcd's order: whom to ask for
+    /// [`Bootstrap::running`].
+    pub fn other_peer_urls(&self) -> Vec<String> {
+        let others = self.initial_cluster.iter().filter(|(name, _)| *name != self.name);
+        let mut urls: Vec<String> = others.flat_map(|(_, urls)| urls.iter().cloned()).collect();
+        urls.sort_unstable();
+        urls
+    }
+}
+
 /// Where a member keeps its data.
 #[derive(Debug, Clone)]
 pub enum Place {

@@ -1,5 +1,5 @@
 use super::*;
-use crate::log::Mark;
+use crate::log::{BOOTSTRAP, Mark};
 use crate::pb::etcdserverpb::{
     AlarmRequest, AlarmType, CompactionRequest, DeleteRangeRequest, LeaseGrantRequest,
     LeaseRevokeRequest, PutRequest, alarm_request::AlarmAction,
@@ -51,11 +51,11 @@ fn log(member: u64) -> Vec<Request> {
     ]
 }
 
-/// Applies `log[from..to]`; entry `i` has index `i + 1`.
+/// Applies `log[from..to]`; entry `i` is the one after `BOOTSTRAP` and `i` others.
 fn apply(state: &mut StateMachine, from: usize, to: usize) {
     for (i, request) in log(state.member_id()).into_iter().enumerate().take(to).skip(from) {
         let command = Command { header: None, request: Some(request) };
-        let entry = Mark { index: i as u64 + 1, term: 1 };
+        let entry = Mark { index: BOOTSTRAP.index + 1 + i as u64, term: 1 };
         let _ = state.apply(entry, command, &mut Effects::default());
     }
 }
@@ -131,7 +131,7 @@ fn a_crash_anywhere_and_the_log_lead_to_the_same_state() {
                 disk.power_cut(kept);
 
                 let mut state = restored(&mut disk.open());
-                let from = state.applied().index as usize;
+                let from = (state.applied().index - BOOTSTRAP.index) as usize;
                 assert!(from == 0 || from == first, "a checkpoint is written whole or not at all");
                 apply(&mut state, from, end);
                 assert_equal(&state, &expected);

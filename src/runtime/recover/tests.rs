@@ -133,6 +133,15 @@ fn a_new_cluster_begins_behind_an_entry_that_never_was() {
 }
 
 #[test]
+fn all_but_this_member_are_asked() {
+    assert_eq!(founder().other_peer_urls(), [URLS[1], URLS[2]]);
+    assert_eq!(
+        Bootstrap { name: "c".to_owned(), ..founder() }.other_peer_urls(),
+        [URLS[0], URLS[1]]
+    );
+}
+
+#[test]
 fn a_new_members_log_goes_on_where_it_begins() {
     let dir = tempfile::tempdir().expect("a directory");
     let entry = Entry { index: 2, term: 2, kind: 0, data: "x".into(), context: "".into() };
