@@ -131,6 +131,13 @@ pub struct HardState {
     pub commit: u64,
 }
 
+impl HardState {
+    /// That of a log which starts at `start`, before anything happened in it.
+    pub fn of_start(start: Mark) -> HardState {
+        HardState { term: start.term, vote: 0, commit: start.index }
+    }
+}
+
 /// A place in the log; as its start, everything up to and including `index` is in a
 /// checkpoint. (0, 0) is before the first entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -140,6 +147,12 @@ pub struct Mark {
     /// The term of that entry.
     pub term: u64,
 }
+
+/// Where the log of a new cluster begins: after an entry that there never was, whose effect
+/// all its first members have from their flags. One that joins later begins before it, at
+/// (0, 0), so that no log suffices to bring it up: a leader sends it a snapshot first, which
+/// has the members.
+pub const BOOTSTRAP: Mark = Mark { index: 1, term: 1 };
 
 /// One entry of the raft log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -201,11 +214,10 @@ pub struct Recovered {
 }
 
 impl Recovered {
-    /// Whether anything was ever written to it.
+    /// Whether anything was ever written to it, but for the start of a new cluster.
     pub fn was_written_to(&self) -> bool {
-        self.hard_state != HardState::default()
-            || self.start != Mark::default()
-            || !self.entries.is_empty()
+        let is_begun = [Mark::default(), BOOTSTRAP].contains(&self.start);
+        !is_begun || self.hard_state != HardState::of_start(self.start) || !self.entries.is_empty()
     }
 }
 

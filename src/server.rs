@@ -17,6 +17,7 @@
 //! Shutting down goes front to back: no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+pub mod discover;
 mod member;
 mod sockets;
 mod stop;

@@ -30,6 +30,7 @@
 //!   change at a time, of one member, so that no configuration is ever joint.
 
 mod cache;
+mod change;
 mod drain;
 mod message;
 
@@ -43,6 +44,7 @@ use raft::{Config as RaftConfig, ProgressState, RawNode, SnapshotStatus, StateRo
 use crate::log::{Entry, HardState, Mark};
 pub use cache::LogCache;
 pub use message::{Kind, Malformed, Outgoing};
+pub use change::{Change, change_entry, is_change};
 
 /// One message between members carries at most this many bytes of entries; etcd's value.
 const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;

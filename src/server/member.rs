@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use super::StartError;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
-use crate::config::{AutoCompaction, Config, Gate, MetricsLevel};
+use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
 use crate::log::Mark;
@@ -345,6 +345,10 @@ fn bootstrap(config: &Config) -> Bootstrap {
         cluster_token: config.initial_cluster_token.clone(),
         name: config.name.clone(),
         cluster_version: ETCD_STORAGE_VERSION.to_owned(),
+        joins: config.initial_cluster_state == ClusterState::Existing,
+        running: None,
+        max_learners: config.max_learners,
+        force_new_cluster: config.force_new_cluster,
     }
 }
 
