@@ -127,6 +127,8 @@ pub mod metrics;
 #[doc(hidden)]
 pub mod mvcc;
 #[doc(hidden)]
+pub mod net;
+#[doc(hidden)]
 pub mod raft;
 #[doc(hidden)]
 pub mod runtime;

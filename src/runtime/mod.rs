@@ -26,6 +26,7 @@ pub mod fault;
 pub mod gauges;
 pub mod hashes;
 pub mod history;
+pub mod image;
 pub mod leases;
 pub mod log_thread;
 pub mod pins;
