@@ -31,8 +31,9 @@ use prost::Message as _;
 
 use super::pins::{Pin, Pins};
 use super::records::{self, RecoverError};
+use crate::log::Mark;
 use crate::mvcc::RecordsWalk;
-use crate::net::snapshot::{Image, ImageLost};
+use crate::net::snapshot::{Image, ImageLost, SendError};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::raft::Configuration;
@@ -205,7 +206,6 @@ impl Outgoing {
     /// # Errors
     /// The operating system has no random numbers.
     pub fn source(&self, member: u64, first_index: u64) -> Result<Source, getrandom::Error> {
-        self.forget_old();
         let kept = self.kept.lock().remove(&member).map(|kept| kept.source);
         match kept.filter(|source| source.index() >= first_index && !source.pin.is_lost()) {
             Some(source) => Ok(source),
@@ -213,20 +213,27 @@ impl Outgoing {
         }
     }
 
-    /// The transfer was interrupted, and may be resumed with the next source for the member.
-    pub fn keep(&self, member: u64, source: Source) {
+    /// A transfer to a member has ended. If another attempt may go on where it was, its source is
+    /// kept for [`RESUME_MAX`]; nobody need come back for it. To be called within the runtime.
+    pub fn ended(self: &Arc<Self>, member: u64, source: Source, sent: &Result<(), SendError>) {
+        if sent.as_ref().err().is_none_or(|error| !error.may_be_resumed()) {
+            return;
+        }
         self.kept.lock().insert(member, Kept { source, since: Instant::now() });
-    }
-
-    /// Gives up sources that nobody came back for. To be called now and then: until then their
-    /// pins hold.
-    pub fn forget_old(&self) {
-        self.kept.lock().retain(|_, kept| kept.since.elapsed() < RESUME_MAX);
+        let outgoing = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(RESUME_MAX).await;
+            outgoing.forget_old();
+        });
     }
 
     /// Gives up all sources: this member leads no more.
     pub fn forget_all(&self) {
         self.kept.lock().clear();
+    }
+
+    fn forget_old(&self) {
+        self.kept.lock().retain(|_, kept| kept.since.elapsed() < RESUME_MAX);
     }
 }
 
@@ -252,6 +259,20 @@ pub enum FillError {
         found: u64,
         /// This member's.
         own: u64,
+    },
+    /// It ends elsewhere than raft was told, or before what the checkpoint holds already.
+    #[error(
+        "the snapshot ends at index {}, term {}, where raft was told {} and {}, and the \
+         checkpoint holds entries up to {durable_index}",
+        .found.index, .found.term, .expected.index, .expected.term
+    )]
+    OtherIndex {
+        /// Where it ends.
+        found: Mark,
+        /// Where raft was told it ends.
+        expected: Mark,
+        /// What the checkpoint holds.
+        durable_index: u64,
     },
     /// The member stops.
     #[error("stopped while a snapshot was being installed")]
