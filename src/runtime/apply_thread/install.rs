@@ -70,3 +70,6 @@ impl ApplyThread {
         drop(old);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -112,3 +112,6 @@ impl CheckpointThread {
         Ok(Some((next, state)))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,7 +36,6 @@ struct Bench {
     thread: CheckpointThread,
     tasks: Sender<CheckpointTask>,
     log: Receiver<LogTask>,
-    applied: Receiver<ApplyTask>,
 }
 
 impl Bench {
@@ -46,7 +45,6 @@ impl Bench {
         let state = StateMachine::bootstrap(members.list()[0].id, members, "3.7.0".to_owned());
         let (tasks, receiver) = mpsc::channel();
         let (log_sender, log) = mpsc::channel();
-        let (apply, applied) = mpsc::channel();
         let thread = CheckpointThread {
             storage,
             generations,
@@ -54,7 +52,7 @@ impl Bench {
             pins: Arc::default(),
             tasks: receiver,
             log: log_sender,
-            apply,
+            apply: mpsc::channel().0,
             durable_index: 0,
             durable_revision: 0,
             published: Arc::new(Published::new(0, 0)),
@@ -68,7 +66,7 @@ impl Bench {
             fault: Fault::default(),
             metrics: Metrics::new().expect("metrics"),
         };
-        Bench { thread, tasks, log, applied }
+        Bench { thread, tasks, log }
     }
 
     fn apply(&self, index: u64, request: Request) {
