@@ -516,7 +516,8 @@ impl Engine {
     /// the same moment. The keys are gone through in steps between which writes go on.
     ///
     /// # Errors
-    /// None at present.
+    /// [`Error::Compacted`] when the state was replaced meanwhile, by a snapshot that is
+    /// compacted further.
     pub async fn hash(&self) -> Result<HashResponse, Error> {
         let (job, rest) = {
             let state = self.parts.state.read();
@@ -568,7 +569,7 @@ impl Engine {
     async fn work_out(&self, job: HashJob) -> Result<KeyValueHash, Error> {
         let engine = self.clone();
         let worked = tokio::task::spawn_blocking(move || work_out(&engine.parts.state, job));
-        worked.await.map_err(|_| Error::Stopped)
+        worked.await.map_err(|_| Error::Stopped)?.ok_or(Error::Compacted)
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted

@@ -36,6 +36,7 @@ mod link;
 mod queue;
 mod receiver;
 pub mod refusal;
+pub mod snapshot;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,7 +1,7 @@
-//! Entries that change the configuration, made outside of raft.
+//! Changes of the configuration, and the entries that carry them.
 //!
-//! While a cluster runs, raft makes them when they are proposed. One that has lost its
-//! majority cannot propose anything any more; `--force-new-cluster` then writes them into
+//! While a cluster runs, raft makes the entries when changes are proposed. One that has lost
+//! its majority cannot propose anything any more; `--force-new-cluster` then writes them into
 //! the log of the member that is left, as if they had been.
 
 use protobuf::Message as _;
@@ -21,20 +21,26 @@ pub enum Change {
     Remove(u64),
 }
 
+impl Change {
+    pub(super) fn to_raft(self) -> ConfChangeV2 {
+        let (kind, id) = match self {
+            Change::Vote(id) => (ConfChangeType::AddNode, id),
+            Change::Listen(id) => (ConfChangeType::AddLearnerNode, id),
+            Change::Remove(id) => (ConfChangeType::RemoveNode, id),
+        };
+        let single = ConfChangeSingle { change_type: kind, node_id: id, ..Default::default() };
+        ConfChangeV2 { changes: vec![single].into(), ..Default::default() }
+    }
+}
+
 /// The entry at `place` that carries a change: raft's own part of it, and the command that
 /// changes the record of the members.
 ///
 /// # Errors
 /// The change cannot be encoded.
 pub fn change_entry(place: Mark, change: Change, command: Vec<u8>) -> Result<Entry, RaftError> {
-    let (kind, id) = match change {
-        Change::Vote(id) => (ConfChangeType::AddNode, id),
-        Change::Listen(id) => (ConfChangeType::AddLearnerNode, id),
-        Change::Remove(id) => (ConfChangeType::RemoveNode, id),
-    };
-    let single = ConfChangeSingle { change_type: kind, node_id: id, ..Default::default() };
-    let change = ConfChangeV2 { changes: vec![single].into(), ..Default::default() };
     let data = change
+        .to_raft()
         .write_to_bytes()
         .map_err(|error| RaftError(format!("cannot encode a change of membership: {error}")))?;
     Ok(Entry {

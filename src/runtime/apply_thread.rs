@@ -7,6 +7,8 @@
 //! Between turns it does what else changes the state's memory: physical compaction
 //! in small steps, and cuts for the checkpoint.
 
+mod install;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use parking_lot::RwLock;
 use prost::Message as _;
 
+pub use self::install::Replacement;
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
 use super::hashes::{HashJob, HashQueue};
@@ -45,6 +48,8 @@ const PINNED_PAUSE: Duration = Duration::from_millis(10);
 pub enum ApplyTask {
     /// Apply these committed entries, which follow the last ones.
     Entries(Vec<Entry>),
+    /// Go on with another state, which a durable checkpoint holds.
+    Install(Box<Replacement>),
     /// Stop. What is queued, and not yet applied, is applied at the next start.
     Stop,
 }
@@ -191,6 +196,7 @@ impl ApplyThread {
     fn accept(&mut self, task: ApplyTask, progress: &mut Progress) -> Received {
         match task {
             ApplyTask::Entries(entries) => progress.entries.extend(entries),
+            ApplyTask::Install(replacement) => self.install(*replacement, progress),
             ApplyTask::Stop => return Received::Stop,
         }
         Received::Went

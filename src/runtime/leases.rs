@@ -122,6 +122,12 @@ impl LeaseClock {
         self.changed.send_replace(());
     }
 
+    /// The state was replaced by another member's: this one does not lead, and what it may
+    /// still remember of deadlines is of leases that need not be there any more.
+    pub fn state_replaced(&self) {
+        self.demote();
+    }
+
     /// This member leads no more.
     fn demote(&self) {
         let mut deadlines = self.deadlines.lock();

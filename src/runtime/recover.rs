@@ -31,6 +31,9 @@
 //! | a log of another member or cluster           | one of them was put there by mistake |
 //! | a log that ends before the applied index     | its end was acknowledged             |
 //! | nothing, of a member that others saw running | it may have acknowledged what is gone |
+//!
+//! The last one is in order when the checkpoint says that it was installed: it came from another
+//! member, a crash kept the log from beginning anew after it, and that is made up for here.
 
 use std::fs;
 use std::io;
@@ -340,7 +343,9 @@ impl OnDisk<'_> {
             "server has already been initialized; the flags --initial-* are ignored"
         );
         let (mut generations, mut storage) = DiskGenerations::open(&self.member_dir)?;
-        let state = StateMachine::restore(records::recover(&mut storage)?);
+        let restored = records::recover(&mut storage)?;
+        let installed = restored.head.installed;
+        let state = StateMachine::restore(restored);
         // sled keeps most of what it has read; opened anew, it has read nothing.
         drop(storage);
         let storage = generations.reopen()?;
@@ -353,7 +358,9 @@ impl OnDisk<'_> {
             });
         }
         let identity = identity(&state);
-        let (mut log, mut recovered) = Log::open(self.log_options(identity, applied))?;
+        // A snapshot's entries have never been in this log.
+        let reaches = if installed { 0 } else { applied };
+        let (mut log, mut recovered) = Log::open(self.log_options(identity, reaches))?;
         if recovered.identity != identity {
             return Err(OpenError::OtherMember {
                 log: self.log_dir.clone(),
@@ -364,6 +371,9 @@ impl OnDisk<'_> {
         }
         if let Some(repaired) = &recovered.repaired {
             tracing::warn!("repaired the raft log: {repaired}");
+        }
+        if installed {
+            complete_install(&mut log, &mut recovered, state.applied())?;
         }
         if applied == 0 && !recovered.entries.is_empty() {
             return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));
@@ -396,6 +406,34 @@ impl OnDisk<'_> {
         let current = DiskGenerations::current(&self.member_dir);
         OpenError::CheckpointMissing { current, found, data: self.data_dir.to_owned() }
     }
+}
+
+/// The checkpoint came from another member, up to `applied`. A crash may have come between the
+/// switch to it and the log's new beginning, which is made up for: what the log holds instead
+/// is of another history, or ends before.
+fn complete_install(
+    log: &mut dyn LogStore,
+    recovered: &mut Recovered,
+    applied: Mark,
+) -> Result<(), LogError> {
+    let entry = recovered.entries.iter().find(|entry| entry.index == applied.index);
+    let has_entry = entry.is_some_and(|entry| entry.term == applied.term);
+    if recovered.start == applied || has_entry {
+        return Ok(());
+    }
+    let HardState { term, vote, .. } = recovered.hard_state;
+    let hard_state = HardState {
+        term: term.max(applied.term),
+        // A vote is of its term.
+        vote: if term >= applied.term { vote } else { 0 },
+        commit: applied.index,
+    };
+    log.install(applied, hard_state)?;
+    tracing::info!(index = applied.index, term = applied.term, "completed a snapshot");
+    recovered.start = applied;
+    recovered.hard_state = hard_state;
+    recovered.entries.clear();
+    Ok(())
 }
 
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {

@@ -172,6 +172,7 @@ impl Member {
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
             log: log_sender.clone(),
+            apply: apply_sender.clone(),
             durable_index: applied.index,
             durable_revision,
             published: Arc::clone(&published),

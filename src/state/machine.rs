@@ -436,7 +436,8 @@ impl StateMachine {
         Cut { head: self.head(), members: self.members.records(), dirty }
     }
 
-    fn head(&self) -> CheckpointHead {
+    /// How far the state is, and the small things in it.
+    pub fn head(&self) -> CheckpointHead {
         CheckpointHead {
             applied_index: self.applied.index,
             applied_term: self.applied.term,
