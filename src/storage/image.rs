@@ -286,6 +286,8 @@ fn parse(payload: &[u8]) -> Option<(ImageRecord<'_>, usize)> {
 mod tests {
     use super::*;
 
+    type ReadBack = Vec<(Table, Vec<u8>, Vec<u8>)>;
+
     fn image(records: &[(&[u8], Vec<u8>)]) -> Vec<u8> {
         let mut writer = ImageWriter::new();
         let mut bytes = Vec::new();
@@ -304,7 +306,7 @@ mod tests {
         bytes
     }
 
-    fn read(bytes: &[u8]) -> Result<Vec<(Table, Vec<u8>, Vec<u8>)>, ImageError> {
+    fn read(bytes: &[u8]) -> Result<ReadBack, ImageError> {
         let mut reader = ImageReader::new(bytes, bytes.len() as u64)?;
         let mut records = Vec::new();
         while let Some(ImageRecord { table, key, value }) = reader.next()? {

@@ -39,6 +39,9 @@ pub struct Install {
     pub done: oneshot::Sender<()>,
 }
 
+/// The next checkpoint, and the state that it holds.
+type Filled = (Box<dyn Storage>, StateMachine);
+
 impl CheckpointThread {
     /// Carries out all steps; `false` when the server stops meanwhile. Blocks until the apply
     /// thread and the log thread have done their part: neither of them waits for this one.
@@ -83,7 +86,7 @@ impl CheckpointThread {
         &mut self,
         spool: &mut Spool,
         mark: Mark,
-    ) -> Result<Option<(Box<dyn Storage>, StateMachine)>, CheckpointError> {
+    ) -> Result<Option<Filled>, CheckpointError> {
         let (cluster_id, member_id) = {
             let state = self.state.read();
             (state.members().cluster_id(), state.member_id())
