@@ -23,11 +23,10 @@
 //! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
 //! the write: it may still happen.
 
-mod peer;
 mod members;
+mod peer;
 mod range;
 
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -52,11 +51,10 @@ use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
-pub(crate) use peer::PeerFace;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
-use crate::state::reconfig::Progress;
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
+pub(crate) use peer::PeerFace;
 
 /// A writer that is ahead of the checkpoint looks again after this.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
@@ -114,19 +112,6 @@ pub struct RaftStatus {
     pub applied: u64,
 }
 
-/// How long this member has been connected to another; `None` when it is not. Called while the
-/// state is held for reading.
-pub(crate) type Reachable = Arc<dyn Fn(u64) -> Option<Duration> + Send + Sync>;
-/// How far a member has followed this one, which leads; `None` when raft does not know, or
-/// when this one does not lead.
-pub(crate) type Follows = Arc<dyn Fn(u64) -> Option<Progress> + Send + Sync>;
-/// Has the leader, which is another member, promote a learner; gives all members as they are
-/// then. Waits for a leader, and tries again when it is no more, for as long as a request may
-/// take.
-pub(crate) type PromoteAtLeader = Arc<
-    dyn Fn(u64) -> Pin<Box<dyn Future<Output = Result<Vec<Member>, Error>> + Send>> + Send + Sync,
->;
-
 /// The parts an engine is made of. Put together by the server.
 pub(crate) struct Parts {
     pub(crate) member_id: u64,
@@ -143,9 +128,6 @@ pub(crate) struct Parts {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gauges: Gauges,
     pub(crate) fault: Fault,
-    pub(crate) reachable: Reachable,
-    pub(crate) progress: Follows,
-    pub(crate) promote_at_leader: PromoteAtLeader,
     /// Whether the server takes no new work.
     pub(crate) stopping: watch::Receiver<bool>,
     /// Whether a disk has no space left to give.
@@ -451,6 +433,11 @@ impl Engine {
             self.parts.proposer.transfer_leader(target).await?;
         }
         Ok(MoveLeaderResponse { header: Some(self.header()) })
+    }
+
+    /// Before the server stops: hands leadership to whoever can take it, if this member leads.
+    pub(crate) async fn resign(&self) {
+        self.parts.proposer.resign().await;
     }
 
     // ---- Maintenance ----

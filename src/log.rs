@@ -148,12 +148,6 @@ pub struct Mark {
     pub term: u64,
 }
 
-/// Where the log of a new cluster begins: after an entry that there never was, whose effect
-/// all its first members have from their flags. One that joins later begins before it, at
-/// (0, 0), so that no log suffices to bring it up: a leader sends it a snapshot first, which
-/// has the members.
-pub const BOOTSTRAP: Mark = Mark { index: 1, term: 1 };
-
 /// One entry of the raft log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {

@@ -98,8 +98,9 @@ pub struct BadUrl {
 /// must not wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PeerEvent {
-    /// The connection to this peer broke, or an attempt to connect failed, and with it what
-    /// was queued is lost. Told once for each.
+    /// The connection to this peer broke, and what was queued is lost.
+    Broken(u64),
+    /// An attempt to connect to this peer failed. Told for each.
     Unreachable(u64),
     /// A peer says that this member was removed from the cluster, for ever. Told each time.
     Removed,

@@ -11,11 +11,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{Engine, unexpected};
 use crate::error::Error;
+use crate::net::Client;
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{MemberChange, MemberRecord, command::Request, member_change::Change};
 use crate::state::Response;
 use crate::state::members::member_id;
-use crate::state::reconfig::{self, View};
+use crate::state::reconfig::{self, Progress, View};
 
 /// How long a promotion waits for what is committed to be applied; etcd's value.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(1);
@@ -95,18 +96,16 @@ impl Engine {
         &self,
         request: MemberPromoteRequest,
     ) -> Result<MemberPromoteResponse, Error> {
-        let members = match self.promote_here(request.id).await {
-            Err(Error::NotLeader) => (self.parts.promote_at_leader)(request.id).await?,
-            answered => answered?,
-        };
-        Ok(MemberPromoteResponse { header: self.cluster_header(), members })
+        let there = |mut client: Client| async move { client.member_promote(request).await };
+        let response = self.at_leader(|| self.promote_here(request.id), there).await?;
+        Ok(MemberPromoteResponse { header: self.cluster_header(), ..response })
     }
 
-    /// Promotes a learner if this member leads. Returns all members as they are then.
+    /// The same, if this member leads.
     ///
     /// # Errors
     /// As [`Engine::member_promote`]; [`Error::NotLeader`].
-    pub(crate) async fn promote_here(&self, id: u64) -> Result<Vec<Member>, Error> {
+    pub(super) async fn promote_here(&self, id: u64) -> Result<MemberPromoteResponse, Error> {
         let promoted = self.promote(id).await;
         let metrics = &self.parts.metrics;
         match &promoted {
@@ -117,7 +116,8 @@ impl Engine {
                 metrics.server_learner_promote_failures.with_label_values(&[&reason]).inc();
             }
         }
-        promoted
+        let members = promoted?;
+        Ok(MemberPromoteResponse { header: self.cluster_header(), members })
     }
 
     async fn promote(&self, id: u64) -> Result<Vec<Member>, Error> {
@@ -130,12 +130,20 @@ impl Engine {
             state.members().get(id).ok_or(Error::MemberNotFound)?.is_learner
         };
         // Raft hears of a learner a moment after the state.
-        let progress = (self.parts.progress)(id);
+        let progress = self.progress_of(id);
         if !progress.map_or(!is_learner, reconfig::Progress::is_in_sync) {
             return Err(Error::LearnerNotReady);
         }
         self.strictly(|view| view.may_promote())?;
         self.change_members(Change::Promote(id)).await
+    }
+
+    /// How far a member has followed this one; `None` when raft does not know it, or when this
+    /// one does not lead.
+    fn progress_of(&self, id: u64) -> Option<Progress> {
+        let progress = self.parts.published.progress();
+        let matched = |id| Some(progress.iter().find(|member| member.id == id)?.matched);
+        Some(Progress { matched: matched(id)?, leader_matched: matched(self.parts.member_id)? })
     }
 
     async fn wait_until_committed_is_applied(&self) -> Result<(), Error> {
@@ -157,7 +165,7 @@ impl Engine {
             return Ok(());
         }
         let state = self.parts.state.read();
-        let connected = |id| (self.parts.reachable)(id);
+        let connected = |id| self.parts.peers.active_since(id).map(|since| since.elapsed());
         let view =
             View { members: state.members(), this: self.parts.member_id, connected: &connected };
         may(&view).inspect_err(|error| tracing::warn!(%error, "refused a change of the members"))

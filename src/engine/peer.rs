@@ -106,8 +106,7 @@ impl Receiver for PeerFace {
         &self,
         request: MemberPromoteRequest,
     ) -> Result<MemberPromoteResponse, Error> {
-        let members = self.engine.promote_here(request.id).await?;
-        Ok(MemberPromoteResponse { header: self.engine.cluster_header(), members })
+        self.engine.promote_here(request.id).await
     }
 
     async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {

@@ -182,7 +182,9 @@ impl State {
             }
             let dropped = self.queue.disconnect();
             self.metrics.sent_failures.inc_by(u64::try_from(dropped).unwrap_or(u64::MAX));
-            (self.shared.events)(PeerEvent::Unreachable(self.address.id));
+            let id = self.address.id;
+            let event = if was_active { PeerEvent::Broken(id) } else { PeerEvent::Unreachable(id) };
+            (self.shared.events)(event);
             let refused = self.report(url, &broken, was_active, dropped, &mut told);
             if !was_active {
                 at = (at + 1) % self.address.urls.len();

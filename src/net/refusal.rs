@@ -17,7 +17,7 @@ const REMOVED: &str = "kvorum-removed";
 const REMOVED_TEXT: &str = "the member has been permanently removed from the cluster";
 
 /// The errors that members tell each other.
-const TOLD: [Error; 24] = [
+const TOLD: [Error; 25] = [
     Error::KeyNotFound,
     Error::RequestTooLarge,
     Error::Compacted,
@@ -32,6 +32,7 @@ const TOLD: [Error; 24] = [
     Error::MemberBadUrls,
     Error::PeerUrlExists,
     Error::MemberNotLearner,
+    Error::LearnerNotReady,
     Error::NotEnoughStartedMembers,
     Error::BadLeaderTransferee,
     Error::NotLeader,

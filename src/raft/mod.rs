@@ -43,8 +43,8 @@ use raft::{Config as RaftConfig, ProgressState, RawNode, SnapshotStatus, StateRo
 
 use crate::log::{Entry, HardState, Mark};
 pub use cache::LogCache;
-pub use message::{Kind, Malformed, Outgoing};
 pub use change::{Change, change_entry, is_change};
+pub use message::{Kind, Malformed, Outgoing};
 
 /// One message between members carries at most this many bytes of entries; etcd's value.
 const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;

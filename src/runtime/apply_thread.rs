@@ -257,6 +257,7 @@ impl ApplyThread {
         self.published.set_size(state.store().size_in_use_bytes());
         if effects.members_changed {
             self.published.set_learner(state.is_learner());
+            self.published.members.send_modify(|changes| *changes += 1);
         }
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.

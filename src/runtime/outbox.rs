@@ -93,17 +93,19 @@ impl Shared {
     async fn make(self: Arc<Self>, to: u64, first_index: u64) {
         let images = Arc::clone(&self.images);
         let made = tokio::task::spawn_blocking(move || images.source(to, first_index)).await;
-        let mut sources = self.sources.lock();
-        sources.making.remove(&to);
         let Ok(Ok(source)) = made else {
+            self.sources.lock().making.remove(&to);
             tracing::warn!(member = format!("{to:x}"), "cannot make a snapshot");
             return;
         };
         let id = source.id();
         let mark = Mark { index: source.index(), term: source.term() };
         let configuration = source.configuration();
-        sources.made.insert(to, source);
-        drop(sources);
+        {
+            let mut sources = self.sources.lock();
+            sources.making.remove(&to);
+            sources.made.insert(to, source);
+        }
         let _ = self.raft.send(RaftInput::SnapshotMade { to, mark, configuration });
         // One that raft makes no use of must not keep what is compacted in memory.
         tokio::time::sleep(RESUME_MAX).await;

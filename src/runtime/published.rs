@@ -24,6 +24,8 @@ pub struct Published {
     /// The newest compact revision below which everything is removed that compaction
     /// gave up; -1 before any.
     pub removed_below: watch::Sender<i64>,
+    /// Counts the changes of the members, of which one is applied and visible.
+    pub members: watch::Sender<u64>,
     /// Whether raft has ended: nothing is committed or confirmed any more.
     pub stopped: watch::Sender<bool>,
     applied_term: AtomicU64,
@@ -43,6 +45,7 @@ impl Published {
             role: watch::Sender::new(Role::default()),
             applied: watch::Sender::new(applied),
             removed_below: watch::Sender::new(-1),
+            members: watch::Sender::new(0),
             stopped: watch::Sender::new(false),
             applied_term: AtomicU64::new(applied_term),
             committed: AtomicU64::new(applied),

@@ -235,7 +235,14 @@ impl RaftThread {
     pub fn new(parts: RaftParts, now: Instant) -> RaftThread {
         let next_tick = now + parts.tick;
         let reads = Reads::new(parts.member, parts.waiters.boot());
-        RaftThread { parts, reads, next_tick, unsynced: VecDeque::new(), resigns: false, arrived: None }
+        RaftThread {
+            parts,
+            reads,
+            next_tick,
+            unsynced: VecDeque::new(),
+            resigns: false,
+            arrived: None,
+        }
     }
 
     /// Runs until told to stop. The only voter stands for election at once.
@@ -427,7 +434,7 @@ impl RaftThread {
         // Raft restores what it was just shown, and nothing else.
         if let Some(Arrived { spool, done, .. }) = self.arrived.take() {
             let install = Install { spool, mark, hard_state, number, done };
-            let _ = self.parts.checkpoint.send(CheckpointTask::Install(install));
+            let _ = self.parts.checkpoint.send(CheckpointTask::Install(Box::new(install)));
         }
     }
 
@@ -436,9 +443,8 @@ impl RaftThread {
     /// fault is raised already.
     fn carry_out(&mut self, now: Instant) -> Result<(), RaftFailure> {
         while let Some(effects) = self.parts.node.effects()? {
-            let Effects {
-                role, messages, snapshots_wanted, install, append, committed, reads,
-            } = effects;
+            let Effects { role, messages, snapshots_wanted, install, append, committed, reads } =
+                effects;
             if let Some(role) = role {
                 self.publish_role(role);
                 self.reads.term_index = None;

@@ -24,37 +24,43 @@ pub(super) struct Bound {
     pub(super) http_only: Vec<Listener>,
     /// `--listen-metrics-urls`.
     pub(super) metrics: Vec<Listener>,
-    /// `--listen-peer-urls`.
-    #[expect(dead_code, reason = "the member's half of the peers' port is not there yet")]
-    pub(super) peers: Vec<Listener>,
 }
 
 impl Bound {
     pub(super) fn bind(config: &Config) -> Result<Bound, StartError> {
         let settings = tls_settings(config);
         let tls = if settings.is_empty() { None } else { Some(Tls::load(settings)?) };
-        let settings = peer_tls_settings(config);
-        let peer_tls = if settings.is_empty() { None } else { Some(Tls::load(settings)?) };
-        let options = SocketOptions {
-            reuse_port: config.socket_reuse_port,
-            reuse_address: config.socket_reuse_address,
-        };
-        let bind =
-            |urls: &[crate::config::Url], tls: &Option<Tls>| -> Result<Vec<Listener>, StartError> {
-                urls.iter()
-                    .map(|url| {
-                        let url = listen_url(url)?;
-                        Listener::bind(&url, tls.clone(), &options).map_err(StartError::Listen)
-                    })
-                    .collect()
-            };
+        let bind = |urls| bind(config, urls, tls.as_ref());
         Ok(Bound {
-            clients: bind(&config.listen_client_urls, &tls)?,
-            http_only: bind(&config.listen_client_http_urls, &tls)?,
-            metrics: bind(&config.listen_metrics_urls, &tls)?,
-            peers: bind(&config.listen_peer_urls, &peer_tls)?,
+            clients: bind(&config.listen_client_urls)?,
+            http_only: bind(&config.listen_client_http_urls)?,
+            metrics: bind(&config.listen_metrics_urls)?,
         })
     }
+}
+
+/// `--listen-peer-urls`. Bound later than the others: a member that accepts connections and
+/// does not answer keeps those waiting that ask it who is in the cluster.
+pub(super) fn bind_peers(config: &Config) -> Result<Vec<Listener>, StartError> {
+    let settings = peer_tls_settings(config);
+    let tls = if settings.is_empty() { None } else { Some(Tls::load(settings)?) };
+    bind(config, &config.listen_peer_urls, tls.as_ref())
+}
+
+fn bind(
+    config: &Config,
+    urls: &[crate::config::Url],
+    tls: Option<&Tls>,
+) -> Result<Vec<Listener>, StartError> {
+    let options = SocketOptions {
+        reuse_port: config.socket_reuse_port,
+        reuse_address: config.socket_reuse_address,
+    };
+    let bind = |url| {
+        let url = listen_url(url)?;
+        Listener::bind(&url, tls.cloned(), &options).map_err(StartError::Listen)
+    };
+    urls.iter().map(bind).collect()
 }
 
 fn listen_url(url: &crate::config::Url) -> Result<url::Url, StartError> {
@@ -109,7 +115,6 @@ fn auto_tls(config: &Config, side: &str, urls: &[crate::config::Url]) -> AutoTls
 }
 
 /// How this member connects to others.
-#[expect(dead_code, reason = "the member's half of the peers' port is not there yet")]
 pub(super) fn peer_connector(config: &Config) -> Result<Connector, StartError> {
     if peer_tls_settings(config).is_empty() && config.peer_trusted_ca_file.is_none() {
         return Ok(connector(None));
@@ -150,7 +155,6 @@ pub(super) fn serve_options(config: &Config) -> ServeOptions {
 }
 
 /// How connections of peers are served: those of members that are gone end soon.
-#[expect(dead_code, reason = "the member's half of the peers' port is not there yet")]
 pub(super) fn peer_serve_options() -> ServeOptions {
     ServeOptions {
         keepalive_interval: PEER_KEEPALIVE,

@@ -52,6 +52,8 @@ impl ApplyThread {
         self.leases.state_replaced();
         self.checkpointer.replaced(&state);
         self.published.set_size(state.store().size_in_use_bytes());
+        self.published.set_learner(state.is_learner());
+        self.published.members.send_modify(|changes| *changes += 1);
         drop(state);
 
         self.published.set_applied(applied.index, applied.term);
