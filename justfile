@@ -36,6 +36,23 @@ bench *flags: judges
     cargo build --release --workspace
     target/release/kvorum-bench compare --etcd target/judge/etcd --kvorum target/release/kvorum --dir target/bench {{flags}}
 
-# etcd, etcdctl and etcdutl, to compare with.
+# Throughput of three members of each, as a table.
+cluster *flags: (beside "cluster" flags)
+
+# Leaders killed under load: how long nothing can be written. 50 kills of each take 15 minutes.
+failover *flags: (beside "failover" flags)
+
+# Members restarted in turns under load from etcd's Go client: what fails.
+rolling *flags: (beside "rolling" flags)
+
+# A member that was left 1 GiB behind catches up: how long, and what it costs the leader.
+snapshot-catchup *flags: (beside "snapshot-catchup" flags)
+
+[private]
+beside measurement *flags: judges
+    cargo build --release --workspace
+    target/release/kvorum-bench {{measurement}} {{flags}}
+
+# etcd, etcdctl and etcdutl, and a user of etcd's client: to compare with.
 judges:
     tests/judge/build.sh
