@@ -32,26 +32,28 @@ fix:
     cargo update --workspace --manifest-path tests/third-party/Cargo.toml
 
 # Side by side with etcd; takes minutes. `just bench --rounds 1` is quicker.
-bench *flags: judges
-    cargo build --release --workspace
-    target/release/kvorum-bench compare --etcd target/judge/etcd --kvorum target/release/kvorum --dir target/bench {{flags}}
+bench *flags: contestants
+    target/release/kvorum-bench compare {{flags}}
 
 # Throughput of three members of each, as a table.
-cluster *flags: (beside "cluster" flags)
+cluster *flags: contestants
+    target/release/kvorum-bench cluster {{flags}}
 
-# Leaders killed under load: how long nothing can be written. 50 kills of each take 15 minutes.
-failover *flags: (beside "failover" flags)
+# Leaders killed under load: how long nothing can be written. Takes ten minutes.
+failover *flags: contestants
+    target/release/kvorum-bench failover {{flags}}
 
-# Members restarted in turns under load from etcd's Go client: what fails.
-rolling *flags: (beside "rolling" flags)
+# Members restarted in turns under load from etcd's Go client: which requests fail.
+rolling *flags: contestants
+    target/release/kvorum-bench rolling {{flags}}
 
 # A member that was left 1 GiB behind catches up: how long, and what it costs the leader.
-snapshot-catchup *flags: (beside "snapshot-catchup" flags)
+snapshot-catchup *flags: contestants
+    target/release/kvorum-bench snapshot-catchup {{flags}}
 
-[private]
-beside measurement *flags: judges
+# etcd and kvorum, as they are measured.
+contestants: judges
     cargo build --release --workspace
-    target/release/kvorum-bench {{measurement}} {{flags}}
 
 # etcd, etcdctl and etcdutl, and a user of etcd's client: to compare with.
 judges:

@@ -40,7 +40,7 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(2);
 const WORK_PATIENCE: Duration = Duration::from_secs(60);
 const STATUS: &str = "etcdserverpb.Maintenance/Status";
 /// How often a condition is looked at.
-const POLL: Duration = Duration::from_millis(10);
+const POLL: Duration = Duration::from_millis(20);
 /// Bytes of a member's log that an error quotes.
 const LOG_TAIL_BYTES: usize = 4_096;
 /// Where ports are looked for: below those the kernel gives to outgoing connections, or
