@@ -32,10 +32,29 @@ fix:
     cargo update --workspace --manifest-path tests/third-party/Cargo.toml
 
 # Side by side with etcd; takes minutes. `just bench --rounds 1` is quicker.
-bench *flags: judges
-    cargo build --release --workspace
-    target/release/kvorum-bench compare --etcd target/judge/etcd --kvorum target/release/kvorum --dir target/bench {{flags}}
+bench *flags: contestants
+    target/release/kvorum-bench compare {{flags}}
 
-# etcd, etcdctl and etcdutl, to compare with.
+# Throughput of three members of each, as a table.
+cluster *flags: contestants
+    target/release/kvorum-bench cluster {{flags}}
+
+# Leaders killed under load: how long nothing can be written. Takes ten minutes.
+failover *flags: contestants
+    target/release/kvorum-bench failover {{flags}}
+
+# Members restarted in turns under load from etcd's Go client: which requests fail.
+rolling *flags: contestants
+    target/release/kvorum-bench rolling {{flags}}
+
+# A member that was left 1 GiB behind catches up: how long, and what it costs the leader.
+snapshot-catchup *flags: contestants
+    target/release/kvorum-bench snapshot-catchup {{flags}}
+
+# etcd and kvorum, as they are measured.
+contestants: judges
+    cargo build --release --workspace
+
+# etcd, etcdctl and etcdutl, and a user of etcd's client: to compare with.
 judges:
     tests/judge/build.sh
