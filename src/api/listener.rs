@@ -38,6 +38,7 @@ use axum::Router;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
 use rustix::process::{Resource, getrlimit};
 use socket2::{Domain, Protocol, SockRef, Socket as RawSocket, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -323,7 +324,8 @@ async fn run(
 ) {
     let url = listener.url.clone();
     let (stop, stopped) = watch::channel(false);
-    let shared = Arc::new(Shared { router, builder: builder(&options), options, stopped });
+    let builder = builder(&options);
+    let shared = Arc::new(Shared { router, builder, options, stopped, kept_out: Mutex::default() });
     let slots = Arc::new(Semaphore::new(shared.options.max_connections));
     let mut connections = JoinSet::new();
     let mut warned = Warnings::default();
@@ -426,6 +428,8 @@ struct Shared {
     builder: auto::Builder<TokioExecutor>,
     options: ServeOptions,
     stopped: watch::Receiver<bool>,
+    /// About certificates that are signed and not allowed.
+    kept_out: Mutex<Warnings>,
 }
 
 fn builder(options: &ServeOptions) -> auto::Builder<TokioExecutor> {
@@ -463,7 +467,11 @@ impl Shared {
             Ok(Some((Opened::Tls(stream), http2, connection))) => {
                 self.requests(*stream, http2, connection).await;
             }
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            // A member that is kept out tries ten times a second.
+            Err(error)
+                if error.kind() == io::ErrorKind::PermissionDenied
+                    && self.kept_out.lock().due() =>
+            {
                 tracing::warn!(?remote, %error, "connection rejected");
             }
             Err(error) => tracing::debug!(?remote, %error, "connection rejected"),

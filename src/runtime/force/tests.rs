@@ -17,7 +17,7 @@ fn member(id: u64, is_learner: bool) -> MemberRecord {
 }
 
 fn state(members: Vec<MemberRecord>) -> StateMachine {
-    let members = Members::restore(7, members);
+    let members = Members::restore(7, members, Vec::new());
     StateMachine::bootstrap(THIS, members, "3.7.0".to_owned())
 }
 

@@ -221,11 +221,11 @@ async fn readers_go_on_or_are_told_and_proposers_are_told() {
     let (old, new) = (bench.pins.pin(59), bench.pins.pin(65));
     let before = at(65);
     let header: CommandHeader = bench.waiters.next_header();
-    let answer = bench.waiters.register(&header, 10).expect("there is room");
+    let answer = bench.waiters.register(&header, 10, 1).expect("there is room");
     bench.install(state_at(100, Some(60)));
     assert!(old.is_lost() && !new.is_lost());
     assert_eq!(at(65), before);
-    assert!(matches!(answer.await.expect("an answer"), Err(Error::Timeout)));
+    assert!(matches!(answer.await.expect("an answer"), Answer::Lost(Error::Timeout)));
     // What a reader needs stays, and then goes.
     let mut removed = bench.published.removed_below.subscribe();
     drop((old, new));
