@@ -33,7 +33,7 @@ fn apply(state: &RwLock<StateMachine>, request: Request) {
     let command = Command { header: None, request: Some(request) };
     state.apply(entry, command, &mut Effects::default()).unwrap();
     // As the checkpoint does, now and then.
-    if entry.index % 1000 == 0 {
+    if entry.index.is_multiple_of(1000) {
         state.cut();
     }
 }
@@ -119,7 +119,7 @@ async fn a_state_arrives_as_it_was_though_interrupted_twice() {
             while !stop.load(Ordering::Relaxed) && written < keys {
                 apply(&state, put(written * 7 % keys, 2));
                 written += 1;
-                if written % 100 == 0 {
+                if written.is_multiple_of(100) {
                     let revision = state.read().store().revision();
                     let request = CompactionRequest { revision, physical: false };
                     apply(&state, Request::Compaction(request));
