@@ -432,7 +432,8 @@ impl Engine {
         if target != self.parts.member_id {
             self.parts.proposer.transfer_leader(target).await?;
         }
-        Ok(MoveLeaderResponse { header: Some(self.header()) })
+        // etcd leaves the header out.
+        Ok(MoveLeaderResponse::default())
     }
 
     /// Before the server stops: hands leadership to whoever can take it, if this member leads.

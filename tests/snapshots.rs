@@ -47,6 +47,7 @@ impl Home {
             &url,
             "--advertise-client-urls",
             &url,
+            "--listen-peer-urls=http://127.0.0.1:0",
         ]);
         arguments.extend(strings(flags));
         Home { directory, port, arguments, environment: Vec::new() }
@@ -184,7 +185,7 @@ async fn the_key_of_the_file_leads_to_snapshots_and_a_short_log() {
     let url = format!("http://{}", home.address());
     let file = format!(
         "name: n1\ndata-dir: data\nlisten-client-urls: {url}\nadvertise-client-urls: {url}\n\
-         snapshot-count: 5000\n"
+         listen-peer-urls: http://127.0.0.1:0\nsnapshot-count: 5000\n"
     );
     std::fs::write(home.directory.path().join("kvorum.yml"), file).unwrap();
     two_snapshots(Home { arguments: strings(&["--config-file=kvorum.yml"]), ..home }).await;

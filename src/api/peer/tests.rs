@@ -289,7 +289,7 @@ async fn a_peer_that_comes_back_is_reached_again() {
     sender.get_through(&mut server).await;
     sender.active(true).await;
     let url = server.stop().await;
-    assert_eq!(sender.event().await, PeerEvent::Unreachable(A));
+    assert_eq!(sender.event().await, PeerEvent::Broken(A));
     sender.active(false).await;
     let failures = sender.metrics.peer(B, A).sent_failures.get();
     sender.send("lost");
@@ -448,7 +448,7 @@ async fn a_connection_does_not_outlive_a_partition() {
     sender.get_through(&mut server).await;
     sender.active(true).await;
     proxy.frozen.send(true).unwrap();
-    assert_eq!(sender.event().await, PeerEvent::Unreachable(A), "pings go unanswered");
+    assert_eq!(sender.event().await, PeerEvent::Broken(A), "pings go unanswered");
     assert!(sender.peers.active_since(A).is_none());
     while server.received.try_recv().is_ok() {}
     proxy.frozen.send(false).unwrap();

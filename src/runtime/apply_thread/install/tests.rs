@@ -22,7 +22,7 @@ use crate::runtime::history::StateHistory;
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::published::Published;
-use crate::runtime::waiters::Waiters;
+use crate::runtime::waiters::{Answer, Waiters};
 use crate::runtime::watch_hub::{HubHandle, Responses, WatchConfig, WatchHub};
 use crate::state::members::Members;
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use parking_lot::RwLock;
 
 use super::*;
-use crate::log::Entry;
+use crate::log::{BOOTSTRAP, Entry};
 use crate::metrics::Metrics;
 use crate::net::snapshot::Image as _;
 use crate::pb::etcdserverpb::PutRequest;
@@ -38,6 +38,7 @@ fn open(dir: &Path) -> Recovery {
         cluster_token: TOKEN.to_owned(),
         name: "one".to_owned(),
         cluster_version: "3.7.0".to_owned(),
+        ..Bootstrap::default()
     };
     recover::open(&place, &bootstrap).expect("opened")
 }
@@ -91,7 +92,7 @@ struct Bench {
 impl Bench {
     fn new(dir: &Path, works: Works) -> Bench {
         let Recovery { state, mut log, storage, generations, start, .. } = open(dir);
-        if start.entries.is_empty() && start.start == Mark::default() {
+        if start.entries.is_empty() && start.start == BOOTSTRAP {
             let entry = |index| Entry {
                 index,
                 term: 1,
@@ -99,8 +100,8 @@ impl Bench {
                 data: Bytes::new(),
                 context: Bytes::new(),
             };
-            let entries: Vec<Entry> = (1..=3).map(entry).collect();
-            let hard_state = HardState { term: 1, vote: 7, commit: 0 };
+            let entries: Vec<Entry> = (2..=4).map(entry).collect();
+            let hard_state = HardState { term: 1, vote: 7, commit: 1 };
             log.append(&entries, Some(hard_state)).expect("appended");
             log.sync().expect("synced");
         }
@@ -165,7 +166,7 @@ fn assert_recovers(dir: &Path, index: u64, expected: &StateMachine) {
     assert_eq!(state.applied().index, index);
     assert_eq!(state.member_id(), member_id(&["http://localhost:2380".to_owned()], TOKEN));
     assert_eq!(state.hash(), expected.hash());
-    if index == 0 {
+    if index == BOOTSTRAP.index {
         assert_eq!((start.entries.len(), start.hard_state.vote), (3, 7), "the log as it was");
     } else {
         assert_eq!(start.start, expected.applied());
@@ -210,7 +211,7 @@ fn an_image_that_is_not_what_raft_was_told_changes_nothing() {
     let (install, _) = install_of(spool_of(other_state(1000)), 1000);
     assert!(!bench.thread.install(install).expect("stopped"));
     bench.end();
-    assert_recovers(dir.path(), 0, &other_state(0));
+    assert_recovers(dir.path(), BOOTSTRAP.index, &other_state(0));
 }
 
 /// etcd #18055: two in a short time; and then one that comes late.
