@@ -21,7 +21,7 @@ const STEPS_MAX: usize = 3_000_000;
 
 /// What an operation did to one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Step {
+pub(super) enum Step {
     /// It saw the value.
     Read(Option<String>),
     /// It put a value.
@@ -35,9 +35,12 @@ enum Step {
 /// Such a step in time.
 #[derive(Debug, Clone)]
 pub(super) struct Call {
-    call_us: u64,
-    return_us: u64,
-    step: Step,
+    /// When it began.
+    pub(super) call_us: u64,
+    /// When it ended, or the end of time.
+    pub(super) return_us: u64,
+    /// What it did.
+    pub(super) step: Step,
 }
 
 /// Checks every key that was operated on.
