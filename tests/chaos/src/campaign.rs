@@ -27,6 +27,8 @@ const POLL: Duration = Duration::from_millis(100);
 /// Clients of each member alone, and of all members.
 const CLIENTS_OF_MEMBER: usize = 2;
 const CLIENTS_OF_ALL: usize = 2;
+/// Patient clients of each member.
+const PATIENT_CLIENTS: usize = 4;
 /// Random watches at a time on each member.
 const RANDOM_WATCHES: usize = 2;
 
@@ -161,7 +163,8 @@ async fn send_traffic(
     rng: &Rng,
 ) -> io::Result<()> {
     let members = cluster.members.len();
-    let of_members = (0..members * CLIENTS_OF_MEMBER).map(|number| Some(number / CLIENTS_OF_MEMBER));
+    let of_members =
+        (0..members * CLIENTS_OF_MEMBER).map(|number| Some(number / CLIENTS_OF_MEMBER));
     let targets: Vec<Option<usize>> = of_members.chain([None; CLIENTS_OF_ALL]).collect();
     let per_second = plan.rate / targets.len() as f64;
     for (number, target) in targets.into_iter().enumerate() {
@@ -172,7 +175,15 @@ async fn send_traffic(
     let mut compactors = Vec::new();
     for member in 0..members {
         let session = session(cluster, recorder, Some(member)).await?;
-        tasks.spawn(traffic::leases(session.clone(), rng.fork(3_000 + member as u64), stop.clone()));
+        tasks.spawn(traffic::leases(
+            session.clone(),
+            rng.fork(3_000 + member as u64),
+            stop.clone(),
+        ));
+        for number in 0..PATIENT_CLIENTS {
+            let rng = rng.fork(5_000 + (member * PATIENT_CLIENTS + number) as u64);
+            tasks.spawn(traffic::patient(session.patient(), rng, stop.clone()));
+        }
         compactors.push(session);
     }
     if plan.compacts {
@@ -267,10 +278,11 @@ async fn settle(
     };
     let revision = loop {
         is_late("there are leases left")?;
-        if let Outcome::Done { revision, answers, .. } = all.run("get-leased", request.clone()).await
-            && answers.iter().all(|answer| {
-                matches!(answer, crate::history::Answer::Range { count: 0, .. })
-            })
+        if let Outcome::Done { revision, answers, .. } =
+            all.run("get-leased", request.clone()).await
+            && answers
+                .iter()
+                .all(|answer| matches!(answer, crate::history::Answer::Range { count: 0, .. }))
         {
             break revision;
         }

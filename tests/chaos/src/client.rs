@@ -16,6 +16,8 @@ use crate::history::{
 
 /// How long an operation may take until nobody knows what became of it.
 pub const TIMEOUT: Duration = Duration::from_secs(1);
+/// The same for a patient client, who outlasts a fault.
+pub const PATIENCE: Duration = Duration::from_secs(15);
 
 /// How far the history is known without a hole.
 #[derive(Debug, Default)]
@@ -66,7 +68,8 @@ impl Recorder {
     pub fn cover(&self, revision: i64) {
         let mut coverage = lock(&self.coverage);
         coverage.ahead.insert(revision);
-        while let Some(first) = coverage.ahead.first().copied().filter(|r| *r <= coverage.until + 1) {
+        while let Some(first) = coverage.ahead.first().copied().filter(|r| *r <= coverage.until + 1)
+        {
             coverage.until = coverage.until.max(first);
             coverage.ahead.remove(&first);
         }
@@ -110,6 +113,7 @@ pub struct Session {
     id: u64,
     /// The only member it talks to, with the count of that member's starts.
     pub member: Option<(usize, Arc<AtomicU64>)>,
+    timeout: Duration,
 }
 
 impl Session {
@@ -122,7 +126,12 @@ impl Session {
         let options = ConnectOptions::new().with_connect_timeout(TIMEOUT);
         let client = Client::connect(endpoints, Some(options)).await?;
         let id = recorder.unique();
-        Ok(Session { recorder, client, id, member })
+        Ok(Session { recorder, client, id, member, timeout: TIMEOUT })
+    }
+
+    /// The same client as somebody else, who waits longer.
+    pub fn patient(&self) -> Session {
+        Session { id: self.recorder.unique(), timeout: PATIENCE, ..self.clone() }
     }
 
     fn life(&self) -> u64 {
@@ -132,7 +141,7 @@ impl Session {
     /// Does an operation and writes it down.
     pub async fn run(&mut self, kind: &str, request: Request) -> Outcome {
         let (life, call_us) = (self.life(), self.recorder.now_us());
-        let call = tokio::time::timeout(TIMEOUT, send(&mut self.client, &request));
+        let call = tokio::time::timeout(self.timeout, send(&mut self.client, &request));
         let outcome = match call.await {
             Ok(Ok(outcome)) => outcome,
             Ok(Err(error)) => failure(&error),
@@ -262,9 +271,7 @@ fn compare_of(compare: &Compare) -> etcd_client::Compare {
         Target::ModRevision(revision) => {
             etcd_client::Compare::mod_revision(key, CompareOp::Equal, *revision)
         }
-        Target::Value(value) => {
-            etcd_client::Compare::value(key, CompareOp::Equal, value.clone())
-        }
+        Target::Value(value) => etcd_client::Compare::value(key, CompareOp::Equal, value.clone()),
     }
 }
 

@@ -152,7 +152,10 @@ impl Cluster {
             ("listen-peer-urls", format!("http://{}", member.peer)),
             ("initial-advertise-peer-urls", self.peer_url(index)),
             ("initial-cluster", initial.join(",")),
-            ("initial-cluster-state", if member.is_joining { "existing" } else { "new" }.to_owned()),
+            (
+                "initial-cluster-state",
+                if member.is_joining { "existing" } else { "new" }.to_owned(),
+            ),
             ("initial-cluster-token", "chaos".to_owned()),
             ("heartbeat-interval", heartbeat_ms.to_string()),
             ("election-timeout", election_ms.to_string()),

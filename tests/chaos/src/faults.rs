@@ -313,7 +313,8 @@ impl Breaker<'_> {
             tokio::time::sleep(PAUSE).await;
         }
         if !is_removed {
-            self.complaints.push(format!("member {id:x} could not be removed in {ATTEMPTS} attempts"));
+            self.complaints
+                .push(format!("member {id:x} could not be removed in {ATTEMPTS} attempts"));
             return Ok(());
         }
         self.cluster.end(member, Signal::KILL).await?;

@@ -160,7 +160,8 @@ fn parse(arguments: Vec<String>) -> Result<Options, String> {
             Some((flag, value)) => (flag.to_owned(), Some(value.to_owned())),
             None => (word, None),
         };
-        let mut value = || given.take().or_else(|| words.next()).ok_or(format!("{flag} needs a value"));
+        let mut value =
+            || given.take().or_else(|| words.next()).ok_or(format!("{flag} needs a value"));
         fn number<T: std::str::FromStr>(flag: &str, text: String) -> Result<T, String> {
             text.parse().map_err(|_| format!("{flag} is {text:?}, not a number"))
         }
@@ -185,7 +186,8 @@ fn parse(arguments: Vec<String>) -> Result<Options, String> {
             other => return Err(format!("there is no flag {other}\n\n{USAGE}")),
         }
     }
-    if !(2..=9).contains(&members) || !(seconds > 0.0 && rate > 0.0) {
+    let is_possible = (2..=9).contains(&members) && seconds > 0.0 && rate > 0.0;
+    if !is_possible {
         return Err("--members is 2 to 9, --duration and --rate are more than 0".to_owned());
     }
     chosen.retain(|fault| !without.contains(fault));

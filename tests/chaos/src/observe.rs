@@ -123,7 +123,8 @@ async fn follow(
     } else if watch.no_delete {
         options = options.with_filters([WatchFilterType::NoDelete]);
     }
-    let opened = tokio::time::timeout(TIMEOUT, session.client.watch(watch.key.clone(), Some(options)));
+    let opened =
+        tokio::time::timeout(TIMEOUT, session.client.watch(watch.key.clone(), Some(options)));
     let Ok(opened) = opened.await else { return Ok(()) };
     // When the request side is dropped the stream ends.
     let (mut requests, mut responses) = opened?.split();

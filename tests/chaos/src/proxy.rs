@@ -91,7 +91,9 @@ impl Links {
         let inode = inode_of(address)?;
         let target = format!("socket:[{inode}]");
         let pids = self.pids.iter().map(|pid| pid.load(Ordering::Relaxed));
-        pids.enumerate().find(|(_, pid)| *pid != 0 && holds(*pid, &target)).map(|(member, _)| member)
+        pids.enumerate()
+            .find(|(_, pid)| *pid != 0 && holds(*pid, &target))
+            .map(|(member, _)| member)
     }
 
     /// Passes connections on to `member`, until the task is dropped.
@@ -137,10 +139,8 @@ async fn pump(
             length = input.read(&mut buffer) => length?,
             _ = link.wait_for(|link| link.resets != resets) => return Ok(()),
         };
-        let state = *link
-            .wait_for(|link| !link.is_cut || link.resets != resets)
-            .await
-            .map_err(gone)?;
+        let state =
+            *link.wait_for(|link| !link.is_cut || link.resets != resets).await.map_err(gone)?;
         if length == 0 || state.resets != resets {
             return Ok(());
         }

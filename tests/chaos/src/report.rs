@@ -96,7 +96,9 @@ impl Report {
             longest_gap_ms: longest_gap_us(history) / 1_000,
             checks: checks.counts,
             broken: checks.broken,
-            violations: violations.map(|(guarantee, found)| Violation { guarantee, found }).collect(),
+            violations: violations
+                .map(|(guarantee, found)| Violation { guarantee, found })
+                .collect(),
             undecided: checks.undecided,
         }
     }

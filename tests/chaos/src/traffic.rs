@@ -153,7 +153,8 @@ async fn plain(session: &mut Session, rng: &mut Rng) {
         }
         8 => {
             // What is known of the key may be old by now: then the compare fails.
-            let Outcome::Done { answers, .. } = session.run("get", one(get(key.clone()))).await else {
+            let Outcome::Done { answers, .. } = session.run("get", one(get(key.clone()))).await
+            else {
                 return;
             };
             let current = first_kv(&answers);
@@ -247,6 +248,24 @@ impl Pods {
             }
         }
         self.known = found;
+    }
+}
+
+/// Reads, and now and then writes, and waits for the answer however long a fault lasts: what
+/// a member had been asked before it was stopped, it answers when it goes on.
+pub async fn patient(mut session: Session, mut rng: Rng, mut stop: Stop) {
+    while !*stop.borrow() {
+        let key = format!("{PLAIN}{}", rng.below(KEYS));
+        let (kind, action) = match rng.chance(20) {
+            true => ("put-patient", put(&session, key, 0, false)),
+            false => ("get-patient", get(key)),
+        };
+        session.run(kind, one(action)).await;
+        let pause = Duration::from_millis(rng.between(50, 350) as u64);
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stopped(&mut stop) => return,
+        }
     }
 }
 

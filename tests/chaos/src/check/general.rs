@@ -107,9 +107,10 @@ fn steps<'a>(operation: &'a Operation, seen: &HashMap<&str, u64>) -> Vec<(&'a st
             let actions = if *succeeded { then } else { otherwise };
             for (action, answer) in actions.iter().zip(answers) {
                 let (key, step) = match (action, answer) {
-                    (Action::Range { key, end: None, revision: 0, .. }, Answer::Range { kvs, .. }) => {
-                        (key, Step::Read(kvs.first().map(|kv| kv.value.clone())))
-                    }
+                    (
+                        Action::Range { key, end: None, revision: 0, .. },
+                        Answer::Range { kvs, .. },
+                    ) => (key, Step::Read(kvs.first().map(|kv| kv.value.clone()))),
                     (Action::Put { key, value, .. }, _) => (key, Step::Put(value.clone())),
                     (Action::Delete { key, end: None, .. }, Answer::Delete { deleted, .. }) => {
                         (key, Step::Delete(Some(*deleted > 0)))

@@ -76,10 +76,9 @@ struct Txn<'a> {
 impl Operation {
     fn txn(&self) -> Option<Txn<'_>> {
         match &self.request {
-            Request::Txn { compares, then, otherwise, serializable } => Some(Txn {
-                request: (compares, then, otherwise),
-                is_serializable: *serializable,
-            }),
+            Request::Txn { compares, then, otherwise, serializable } => {
+                Some(Txn { request: (compares, then, otherwise), is_serializable: *serializable })
+            }
             _ => None,
         }
     }
@@ -97,9 +96,7 @@ impl Operation {
     /// The revision that it reads at: its own choice, or that of its header.
     fn reads_at(&self) -> Option<i64> {
         match self.txn()?.request.1 {
-            [Action::Range { revision, .. }] if *revision > 0 => {
-                self.revision().map(|_| *revision)
-            }
+            [Action::Range { revision, .. }] if *revision > 0 => self.revision().map(|_| *revision),
             _ => self.revision(),
         }
     }
@@ -210,7 +207,9 @@ impl<'a> Walk<'a> {
                 Outcome::Unknown(_) => *self.placed.entry(index).or_insert(revision) == revision,
             };
             checks.check(Guarantee::AtMostOnce, fits, || {
-                format!("revision {revision} is {changes:?}, not as answered or again: {operation:?}")
+                format!(
+                    "revision {revision} is {changes:?}, not as answered or again: {operation:?}"
+                )
             });
             if matches!(operation.outcome, Outcome::Unknown(_))
                 && let Some(txn) = operation.txn()
@@ -270,14 +269,10 @@ impl<'a> Walk<'a> {
         let mut owner: HashMap<usize, usize> = HashMap::new();
         for (at, orphan) in orphans.iter().enumerate() {
             let found = augment(at, &orphans, &mut owner, &mut HashSet::new());
-            checks.check(
-                Guarantee::NothingFromNowhere,
-                found || orphan.lease.is_some(),
-                || {
-                    let (revision, changes) = (orphan.revision, truth.changes(orphan.revision));
-                    format!("revision {revision} is {changes:?}, which nobody asked for")
-                },
-            );
+            checks.check(Guarantee::NothingFromNowhere, found || orphan.lease.is_some(), || {
+                let (revision, changes) = (orphan.revision, truth.changes(orphan.revision));
+                format!("revision {revision} is {changes:?}, which nobody asked for")
+            });
         }
         for (operation, at) in owner {
             self.by_clients.insert(orphans[at].revision);

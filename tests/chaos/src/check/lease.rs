@@ -92,9 +92,11 @@ pub(super) fn check(
             && id != 0
         {
             let keys = state.values().filter(|kv| kv.lease == id).count();
-            checks.check(Guarantee::LeaseComplete, ends.len() == 1 && keys == changes.len(), || {
-                format!("revision {revision} is {changes:?}, but lease {id} had {keys} keys")
-            });
+            checks.check(
+                Guarantee::LeaseComplete,
+                ends.len() == 1 && keys == changes.len(),
+                || format!("revision {revision} is {changes:?}, but lease {id} had {keys} keys"),
+            );
             let seen_us = truth.seen_us(revision);
             checks.check(Guarantee::LeaseNeverEarly, leases.may_have_ended(id, seen_us), || {
                 let due_us = leases.due_us(id, seen_us);

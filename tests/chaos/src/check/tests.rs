@@ -1,3 +1,5 @@
+//! Histories in which all is well, and what is found when they are spoiled in one place.
+
 use super::{Checks, Guarantee, check};
 use crate::history::{
     Action, Answer, Compare, Content, Event, Final, History, Kv, Message, Operation, Outcome,
@@ -108,9 +110,8 @@ impl Store {
     fn end_lease(&mut self, id: i64, after_us: u64) {
         self.now_us += after_us;
         let keys = self.state.values().filter(|kv| kv.lease == id);
-        let changes: Vec<_> = keys
-            .map(|kv| super::truth::Change { key: kv.key.clone(), kv: None })
-            .collect();
+        let changes: Vec<_> =
+            keys.map(|kv| super::truth::Change { key: kv.key.clone(), kv: None }).collect();
         self.apply(&changes);
     }
 
@@ -244,15 +245,15 @@ fn a_lost_write_is_found() {
     let call_us = store.now_us;
     store.now_us += TICK_US;
     let put = Action::Put { key: "x".into(), value: "lost".into(), lease: 0, prev: false };
-    let request = Request::Txn {
-        compares: vec![],
-        then: vec![put],
-        otherwise: vec![],
-        serializable: false,
-    };
+    let request =
+        Request::Txn { compares: vec![], then: vec![put], otherwise: vec![], serializable: false };
     let answers = vec![Answer::Put { prev: None }];
     let revision = store.revision + 1;
-    store.record(call_us, request, Outcome::Done { revision, succeeded: true, answers, ttl_secs: 0 });
+    store.record(
+        call_us,
+        request,
+        Outcome::Done { revision, succeeded: true, answers, ttl_secs: 0 },
+    );
     finds(&store.finish(), Guarantee::WriteIsThere);
 }
 
@@ -584,7 +585,8 @@ fn the_general_search_finds_an_order_where_there_is_one() {
     deleted.extend([call(30, 31, put("c")), gone(40)]);
     assert_eq!(linearizable(deleted), Some(false));
     let swap = Step::Swap("a".to_owned(), None);
-    let swapped = vec![call(0, 1, put("a")), call(2, u64::MAX, swap), call(3, 4, Step::Delete(Some(false)))];
+    let swapped =
+        vec![call(0, 1, put("a")), call(2, u64::MAX, swap), call(3, 4, Step::Delete(Some(false)))];
     assert_eq!(linearizable(swapped), Some(true));
     assert_eq!(linearizable(vec![call(0, 1, Step::Delete(Some(true)))]), Some(false));
 }

@@ -54,7 +54,8 @@ impl Truth {
     pub fn new(history: &History, checks: &mut Checks) -> Truth {
         let mut told: BTreeMap<i64, (Vec<Change>, usize)> = BTreeMap::new();
         let watches = history.watches.iter();
-        for watch in watches.filter(|w| w.end.as_deref() == Some("\0") && !w.no_put && !w.no_delete) {
+        for watch in watches.filter(|w| w.end.as_deref() == Some("\0") && !w.no_put && !w.no_delete)
+        {
             for message in &watch.messages {
                 let Content::Events(events) = &message.content else { continue };
                 let mut rest = events.as_slice();
@@ -192,10 +193,9 @@ impl View<'_> {
             return self.get(first).cloned().into_iter().collect();
         }
         let is_meant = |key: &str| contains(first, end, key);
-        let from = self.state.range::<str, _>((
-            std::ops::Bound::Included(first),
-            std::ops::Bound::Unbounded,
-        ));
+        let from = self
+            .state
+            .range::<str, _>((std::ops::Bound::Included(first), std::ops::Bound::Unbounded));
         let mut found: State = from
             .take_while(|(key, _)| is_meant(key))
             .map(|(key, kv)| (key.clone(), kv.clone()))
@@ -239,10 +239,18 @@ pub fn evaluate(
             }
             Action::Put { key, value, lease, prev } => {
                 let before = view.get(key).cloned();
-                let (create_revision, version) =
-                    before.as_ref().map_or((revision, 1), |kv| (kv.create_revision, kv.version + 1));
+                let (create_revision, version) = before
+                    .as_ref()
+                    .map_or((revision, 1), |kv| (kv.create_revision, kv.version + 1));
                 let (key, value) = (key.clone(), value.clone());
-                let kv = Kv { key, value, create_revision, mod_revision: revision, version, lease: *lease };
+                let kv = Kv {
+                    key,
+                    value,
+                    create_revision,
+                    mod_revision: revision,
+                    version,
+                    lease: *lease,
+                };
                 view.changes.push(Change { key: kv.key.clone(), kv: Some(kv) });
                 Answer::Put { prev: before.filter(|_| *prev) }
             }

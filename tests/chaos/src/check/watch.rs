@@ -164,7 +164,12 @@ fn check_compacted(watch: &Watch, compactions: &Compactions, checks: &mut Checks
 }
 
 /// Previous values are those of the state one revision before.
-fn check_previous(history: &History, truth: &Truth, compactions: &Compactions, checks: &mut Checks) {
+fn check_previous(
+    history: &History,
+    truth: &Truth,
+    compactions: &Compactions,
+    checks: &mut Checks,
+) {
     let watches = history.watches.iter().filter(|watch| watch.prev_kv);
     let mut told: Vec<(&Event, u64, &Watch)> = watches
         .flat_map(|watch| {
