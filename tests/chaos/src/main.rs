@@ -2,14 +2,15 @@
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{env, fs, io};
 
 use kvorum_chaos::campaign::{self, Plan};
 use kvorum_chaos::check::check;
 use kvorum_chaos::cluster::Settings;
+use kvorum_chaos::disk::Disk;
 use kvorum_chaos::faults::Fault;
 use kvorum_chaos::history::History;
 use kvorum_chaos::report::Report;
@@ -21,7 +22,7 @@ kvorum-chaos --server PATH [flags]   break a cluster of this server, and check i
 kvorum-chaos --check FILE            check a history again that was kept
 
   --server PATH        etcd, kvorum, or what else takes etcd's flags
-  --members N          3 or 5 (3)
+  --members N          how many: 3 or 5, or 1 without any fault that takes others (3)
   --duration S         how many seconds things are broken (60)
   --seed N             decides what is sent and broken (of the clock)
   --faults A,B|all     what is broken; `none` for nothing (all)
@@ -73,18 +74,43 @@ fn start() -> io::Result<bool> {
         return Ok(report.passed());
     }
     let mut options = parse(arguments).map_err(io::Error::other)?;
-    let wants_disks = options.plan.faults.iter().any(|fault| fault.needs_disk());
-    if wants_disks {
-        if !rustix::process::geteuid().is_root() {
-            eprintln!("without root there are no disks to break: no slow-disk, no full-disk");
-            options.plan.faults.retain(|fault| !fault.needs_disk());
-        } else if env::var_os(INSIDE).is_none() {
+    if options.plan.faults.iter().any(|fault| fault.needs_disk()) {
+        if env::var_os(INSIDE).is_none() && can_mount() {
             return Err(again_with_own_mounts());
-        } else {
-            options.plan.settings.has_disks = true;
+        }
+        let dir = &options.plan.settings.dir;
+        match env::var_os(INSIDE).map(|_| probe_disk(dir)) {
+            Some(Ok(())) => options.plan.settings.has_disks = true,
+            missing => {
+                let why = match missing {
+                    Some(Err(error)) => error.to_string(),
+                    _ => "mounting takes root".to_owned(),
+                };
+                println!("no slow-disk, no full-disk: {why}");
+                options.plan.faults.retain(|fault| !fault.needs_disk());
+            }
         }
     }
     run(&options)
+}
+
+/// Whether this process may have mounts of its own.
+fn can_mount() -> bool {
+    let mut probe = Command::new("unshare");
+    probe.args(["--mount", "--propagation", "private", "true"]);
+    probe.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+}
+
+/// Makes a disk and takes it away.
+fn probe_disk(dir: &Path) -> io::Result<()> {
+    fs::create_dir_all(dir)?;
+    let (image, mount) = (dir.join("probe.img"), dir.join("probe"));
+    let probed = Disk::new(&image, &mount).map(drop);
+    fs::remove_file(image)?;
+    if probed.is_ok() {
+        fs::remove_dir(mount)?;
+    }
+    probed
 }
 
 /// Becomes the same program in a mount namespace of its own, so that whatever is mounted is
@@ -186,9 +212,9 @@ fn parse(arguments: Vec<String>) -> Result<Options, String> {
             other => return Err(format!("there is no flag {other}\n\n{USAGE}")),
         }
     }
-    let is_possible = (2..=9).contains(&members) && seconds > 0.0 && rate > 0.0;
+    let is_possible = (1..=9).contains(&members) && seconds > 0.0 && rate > 0.0;
     if !is_possible {
-        return Err("--members is 2 to 9, --duration and --rate are more than 0".to_owned());
+        return Err("--members is 1 to 9, --duration and --rate are more than 0".to_owned());
     }
     chosen.retain(|fault| !without.contains(fault));
     // Drawn always, so that a flag changes nothing else.
