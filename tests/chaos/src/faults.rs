@@ -284,7 +284,7 @@ impl Breaker<'_> {
             disk.empty()?;
         }
         // It may have ended for want of room, now or a little later.
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
         self.look_after(Some(member))
     }
 

@@ -1,13 +1,14 @@
 //! Linearizability of each key, without believing revisions: Wing and Gong's search with
 //! Lowe's memory of where it has been.
 //!
-//! A second opinion on the witness of `super::kv`, and the only one for deletes of unknown outcome,
-//! which revisions do not name. The model is one key: a value or none. A transaction of
+//! A second opinion on the witness of `super::kv`, which had to guess which deletes of unknown
+//! outcome took place. The model is one key: a value or none. A transaction of
 //! several keys is looked at key by key, as what it did to that key.
 //!
 //! An operation of unknown outcome never returns, and each such one doubles the search. So
 //! one whose value nobody ever saw is left out (it did nothing that can be told from
-//! nothing), and one whose value was seen returned at the latest then. The search of a key
+//! nothing), one whose value was seen returned at the latest then, and a delete is left out
+//! that began after the last delete of the key that has no other owner. The search of a key
 //! that takes more than [`STEPS_MAX`] steps is given up and reported as undecided.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -43,17 +44,34 @@ pub(super) struct Call {
     pub(super) step: Step,
 }
 
+/// What was seen to have happened, and when at the latest.
+#[derive(Default)]
+struct Seen<'a> {
+    /// By value, that it was put.
+    values: HashMap<&'a str, u64>,
+    /// By key, the last delete that no answered operation claims.
+    deletes: HashMap<&'a str, u64>,
+}
+
 /// Checks every key that was operated on.
 pub(super) fn check(history: &History, truth: &Truth, checks: &mut Checks) {
     // A lease ends its keys without a call, so that such keys are left to the witness, as are
     // those that were deleted by the range.
-    let (mut seen, mut leased): (HashMap<&str, u64>, HashSet<&str>) = Default::default();
+    let owned = history.operations.iter().filter(|operation| operation.says_it_wrote());
+    let owned: HashSet<i64> = owned.filter_map(Operation::revision).collect();
+    let (mut seen, mut leased) = (Seen::default(), HashSet::new());
     for revision in 1..=truth.last() {
         for change in truth.changes(revision) {
-            let Some(kv) = &change.kv else { continue };
-            seen.insert(&kv.value, truth.seen_us(revision));
+            let seen_us = truth.seen_us(revision);
+            let Some(kv) = &change.kv else {
+                if !owned.contains(&revision) {
+                    seen.deletes.insert(&change.key, seen_us);
+                }
+                continue;
+            };
+            seen.values.insert(&kv.value, seen_us);
             if kv.lease != 0 {
-                leased.insert(&kv.key);
+                leased.insert(kv.key.as_str());
             }
         }
     }
@@ -94,7 +112,7 @@ fn deleted_ranges(history: &History) -> Vec<(&str, &str)> {
 }
 
 /// What an operation did to single keys.
-fn steps<'a>(operation: &'a Operation, seen: &HashMap<&str, u64>) -> Vec<(&'a str, Call)> {
+fn steps<'a>(operation: &'a Operation, seen: &Seen<'_>) -> Vec<(&'a str, Call)> {
     let Request::Txn { compares, then, otherwise, serializable: false } = &operation.request else {
         return Vec::new();
     };
@@ -125,11 +143,14 @@ fn steps<'a>(operation: &'a Operation, seen: &HashMap<&str, u64>) -> Vec<(&'a st
             let mut found = Vec::new();
             for action in then.iter().chain(otherwise) {
                 let (key, step, return_us) = match action {
-                    Action::Put { key, value, .. } => match seen.get(value.as_str()) {
+                    Action::Put { key, value, .. } => match seen.values.get(value.as_str()) {
                         Some(seen_us) => (key, Step::Put(value.clone()), *seen_us),
                         None => continue,
                     },
                     Action::Delete { key, end: None, .. } => {
+                        if seen.deletes.get(key.as_str()).is_none_or(|last| *last < call_us) {
+                            continue;
+                        }
                         let guard = compares.iter().find_map(|compare| match &compare.target {
                             Target::Value(value) if compare.key == *key => Some(value),
                             _ => None,
