@@ -2,7 +2,9 @@
 //!
 //! A lease that was granted or renewed with a time to live must live that long after the
 //! request was *sent*: the server began to count later than that. Counting from the answer
-//! would be wrong, since an answer may be long under way. When a lease ended is told by the
+//! would be wrong, since an answer may be long under way. A renewal counts if it was answered
+//! before the lease was due: one that comes later may meet the end on its way, and etcd has
+//! been seen to answer it and to end the lease all the same; that is told as undecided. When a lease ended is told by the
 //! delete of its keys, and that it ended before some moment by who knew of it then.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,8 +16,8 @@ use crate::history::{History, Outcome, Request};
 /// What clients know of a lease.
 #[derive(Default)]
 struct Lease {
-    /// When it was granted or renewed, and for how long.
-    renewals: Vec<(u64, u64)>,
+    /// When its grant and its renewals were asked for and answered, and for how long.
+    renewals: Vec<(u64, u64, u64)>,
     /// When its end was first asked for.
     revoke_us: Option<u64>,
 }
@@ -34,7 +36,8 @@ impl Leases {
                     Outcome::Done { ttl_secs, .. },
                 ) if *ttl_secs > 0 => {
                     let ttl_us = u64::try_from(*ttl_secs).unwrap_or(0) * 1_000_000;
-                    leases.entry(*id).or_default().renewals.push((call_us, ttl_us));
+                    let renewal = (call_us, operation.return_us, ttl_us);
+                    leases.entry(*id).or_default().renewals.push(renewal);
                 }
                 (Request::Revoke { id }, Outcome::Done { .. } | Outcome::Unknown(_)) => {
                     let lease = leases.entry(*id).or_default();
@@ -43,21 +46,42 @@ impl Leases {
                 _ => {}
             }
         }
+        for lease in leases.values_mut() {
+            lease.renewals.sort_unstable();
+        }
         Leases(leases)
     }
 
     /// Whether the lease may have ended by then.
     pub(super) fn may_have_ended(&self, id: i64, at_us: u64) -> bool {
-        let Some(lease) = self.0.get(&id) else { return true };
-        let is_revoked = lease.revoke_us.is_some_and(|revoke_us| revoke_us <= at_us);
-        is_revoked || self.due_us(id, at_us) <= at_us
+        self.was_revoked(id, at_us) || self.due_us(id, at_us) <= at_us
     }
 
-    /// Until when it lives, by what was asked for before `at_us`.
+    /// Until when it lives, by what was asked for before `at_us` and answered in time.
     fn due_us(&self, id: i64, at_us: u64) -> u64 {
+        let mut due_us = 0;
+        for (call_us, return_us, ttl_us) in self.before(id, at_us) {
+            if due_us == 0 || return_us <= due_us {
+                due_us = due_us.max(call_us + ttl_us);
+            }
+        }
+        due_us
+    }
+
+    /// The same with renewals that were answered late.
+    fn hoped_us(&self, id: i64, at_us: u64) -> u64 {
+        self.before(id, at_us).map(|(call_us, _, ttl_us)| call_us + ttl_us).max().unwrap_or(0)
+    }
+
+    fn before(&self, id: i64, at_us: u64) -> impl Iterator<Item = (u64, u64, u64)> {
         let renewals = self.0.get(&id).map_or(&[][..], |lease| &lease.renewals);
-        let before = renewals.iter().filter(|(call_us, _)| *call_us <= at_us);
-        before.map(|(call_us, ttl_us)| call_us + ttl_us).max().unwrap_or(0)
+        renewals.iter().copied().filter(move |(call_us, ..)| *call_us <= at_us)
+    }
+
+    /// Whether somebody asked for its end before.
+    fn was_revoked(&self, id: i64, at_us: u64) -> bool {
+        let revoke_us = self.0.get(&id).and_then(|lease| lease.revoke_us);
+        revoke_us.is_some_and(|revoke_us| revoke_us <= at_us)
     }
 }
 
@@ -104,6 +128,17 @@ pub(super) fn check(
                     "revision {revision} ends lease {id}: known at {seen_us} us, due at {due_us} us"
                 )
             });
+            let due_us = leases.due_us(id, seen_us);
+            if due_us <= seen_us
+                && leases.hoped_us(id, seen_us) > seen_us
+                && !leases.was_revoked(id, seen_us)
+            {
+                let late_us = leases.hoped_us(id, seen_us);
+                checks.undecided.push(format!(
+                    "lease {id}, due at {due_us} us, was renewed late until {late_us} us, and ended \
+                     at {seen_us} us"
+                ));
+            }
             ended.insert(id);
         }
         apply(&mut state, changes);

@@ -625,6 +625,13 @@ fn a_lease_that_a_leader_ended_that_did_not_know_of_its_renewal_is_found() {
 }
 
 #[test]
+fn a_renewal_that_came_late_is_told_apart() {
+    let checks = check(&leased(3 * SECOND_US, SECOND_US).finish());
+    assert!(checks.passed(), "{:?}", checks.examples);
+    assert_eq!(checks.undecided.len(), 1);
+}
+
+#[test]
 fn a_lease_that_was_asked_to_end_may_do_so() {
     let mut store = leased(SECOND_US, 3 * SECOND_US);
     store.lease(Request::Grant { id: 8, ttl_secs: 60 }, 60);
