@@ -14,10 +14,11 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
 use super::{StartError, discover};
 use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
-use crate::engine::{Engine, Limits, Parts, PeerFace, Versions};
+use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
 use crate::log::{Identity, Mark};
 use crate::metrics::Metrics;
