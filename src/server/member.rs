@@ -329,8 +329,7 @@ fn peers(
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });
     };
     let Identity { cluster_id, member_id } = identity;
-    let runtime = Handle::current();
-    Peers::new(cluster_id, member_id, connector, Arc::new(events), runtime, Arc::clone(metrics))
+    Peers::new(cluster_id, member_id, connector, Arc::new(events), Arc::clone(metrics))
 }
 
 /// Where snapshots of other members arrive, which then go to raft.
