@@ -130,6 +130,8 @@ pub mod mvcc;
 pub mod raft;
 #[doc(hidden)]
 pub mod runtime;
+#[cfg(test)]
+mod simulation;
 #[doc(hidden)]
 pub mod state;
 #[doc(hidden)]

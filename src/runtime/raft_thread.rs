@@ -188,16 +188,16 @@ pub struct RaftThread {
 
 /// Why the raft thread ends by itself.
 #[derive(Debug, thiserror::Error)]
-enum RaftFailure {
+pub(crate) enum RaftFailure {
     #[error(transparent)]
     Raft(#[from] RaftError),
     #[error(transparent)]
     Peer(#[from] Malformed),
 }
 
-/// Whether to go on.
+/// Whether a thread goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flow {
+pub(crate) enum Flow {
     GoOn,
     Stop,
 }
@@ -242,7 +242,7 @@ impl RaftThread {
     }
 
     /// The first turn.
-    fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
+    pub(crate) fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
         if self.parts.node.is_only_voter() {
             self.parts.node.campaign()?;
         }
@@ -250,7 +250,11 @@ impl RaftThread {
     }
 
     /// Takes what waits, lets the time pass up to `now`, and carries out what follows.
-    fn take_turn(&mut self, first: Option<RaftInput>, now: Instant) -> Result<Flow, RaftFailure> {
+    pub(crate) fn take_turn(
+        &mut self,
+        first: Option<RaftInput>,
+        now: Instant,
+    ) -> Result<Flow, RaftFailure> {
         let mut next = first;
         for _ in 0..INPUTS_PER_TURN {
             let Some(input) = next.take().or_else(|| self.parts.mailbox.try_recv().ok()) else {
@@ -460,6 +464,12 @@ impl RaftThread {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: a round that starts over has the context of the one before.
+    pub(crate) static REUSES_CONTEXTS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 /// A round of ReadIndex that is under way.
 struct Round {
     context: [u8; 24],
@@ -509,6 +519,10 @@ impl Reads {
     fn start_over(&mut self) {
         if let Some(round) = self.round.take() {
             self.queue.extend(round.waiting);
+            #[cfg(test)]
+            if REUSES_CONTEXTS.get() {
+                self.rounds -= 1;
+            }
         }
     }
 

@@ -328,7 +328,7 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
 }
 
 /// The state of a new member.
-fn first_state(bootstrap: &Bootstrap) -> Result<StateMachine, OpenError> {
+pub(crate) fn first_state(bootstrap: &Bootstrap) -> Result<StateMachine, OpenError> {
     let initial = &bootstrap.initial_cluster;
     let this = initial.iter().find(|(name, _)| *name == bootstrap.name);
     let (_, peer_urls) = this.ok_or_else(|| OpenError::NotInCluster(bootstrap.name.clone()))?;
@@ -337,11 +337,11 @@ fn first_state(bootstrap: &Bootstrap) -> Result<StateMachine, OpenError> {
     Ok(StateMachine::bootstrap(id, members, bootstrap.cluster_version.clone()))
 }
 
-fn identity(state: &StateMachine) -> Identity {
+pub(crate) fn identity(state: &StateMachine) -> Identity {
     Identity { cluster_id: state.members().cluster_id(), member_id: state.member_id() }
 }
 
-fn start(state: &StateMachine, recovered: Recovered) -> Start {
+pub(crate) fn start(state: &StateMachine, recovered: Recovered) -> Start {
     let (voters, learners) = state.members().voters_and_learners();
     Start {
         id: recovered.identity.member_id,

@@ -11,4 +11,6 @@ pub mod machine;
 pub mod members;
 pub mod txn;
 
+#[cfg(test)]
+pub(crate) use machine::TRUSTS_STALE_LEADERS;
 pub use machine::{Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine};
