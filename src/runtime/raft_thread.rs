@@ -52,7 +52,8 @@ const INPUTS_PER_TURN: usize = 4096;
 const CATCH_UP_TICKS_MAX: u32 = 2;
 /// A round of ReadIndex that got no answer is asked again after this. etcd waits 500 ms; a
 /// new leader drops what it is asked before it has committed, and reads need not wait for
-/// that half a second.
+/// that half a second. Where the members are far apart an answer takes longer, so each time in
+/// vain doubles it, up to an election timeout.
 const READ_INDEX_RETRY: Duration = Duration::from_millis(100);
 
 /// A command to be appended to the log.
@@ -206,7 +207,7 @@ impl RaftThread {
     /// A thread that has yet to run; its clock begins at `now`.
     pub fn new(parts: RaftParts, now: Instant) -> RaftThread {
         let next_tick = now + parts.tick;
-        let reads = Reads::new(parts.member, parts.waiters.boot());
+        let reads = Reads::new(parts.member, parts.waiters.boot(), parts.election_timeout);
         RaftThread { parts, reads, next_tick, unsynced: VecDeque::new(), resigns: false }
     }
 
@@ -417,7 +418,7 @@ impl RaftThread {
                 }
             }
             for read in reads {
-                if let Some(asked_at) = self.reads.confirm(read.context, read.index) {
+                if let Some(asked_at) = self.reads.confirm(read.context, read.index, now) {
                     self.parts.published.set_confirmed(asked_at);
                 }
             }
@@ -486,18 +487,31 @@ struct Reads {
     round: Option<Round>,
     member: u64,
     boot: u64,
+    /// A round that takes longer is asked again.
+    patience: Duration,
+    patience_max: Duration,
     /// Rounds so far. With member and boot it makes a context that is never used again.
     rounds: u64,
 }
 
 impl Reads {
-    fn new(member: u64, boot: u64) -> Reads {
-        Reads { term_index: None, queue: Vec::new(), round: None, member, boot, rounds: 0 }
+    fn new(member: u64, boot: u64, patience_max: Duration) -> Reads {
+        Reads {
+            term_index: None,
+            queue: Vec::new(),
+            round: None,
+            patience: READ_INDEX_RETRY,
+            patience_max: patience_max.max(READ_INDEX_RETRY),
+            member,
+            boot,
+            rounds: 0,
+        }
     }
 
     /// Starts a round for all who wait, when none is under way.
     fn ask(&mut self, node: &mut Node, now: Instant) {
-        if self.round.as_ref().is_some_and(|round| now - round.since >= READ_INDEX_RETRY) {
+        if self.round.as_ref().is_some_and(|round| now - round.since >= self.patience) {
+            self.patience = (2 * self.patience).min(self.patience_max);
             self.start_over();
         }
         if self.round.is_some() {
@@ -527,8 +541,10 @@ impl Reads {
     }
 
     /// A round has its answer; returns when it was asked for.
-    fn confirm(&mut self, context: [u8; 24], index: u64) -> Option<Instant> {
+    fn confirm(&mut self, context: [u8; 24], index: u64, now: Instant) -> Option<Instant> {
         let round = self.round.take_if(|round| round.context == context)?;
+        let took = now.saturating_duration_since(round.since);
+        self.patience = (2 * took).clamp(READ_INDEX_RETRY, self.patience_max);
         for reply in round.waiting {
             let _ = reply.send(index);
         }
