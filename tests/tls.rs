@@ -24,6 +24,9 @@ use tokio_rustls::rustls;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
+/// Any free port: the usual one may be taken by another test's server.
+const NO_PEERS: &str = "--listen-peer-urls=http://127.0.0.1:0";
+
 /// A certificate authority.
 struct Ca {
     issuer: Issuer<'static, KeyPair>,
@@ -93,7 +96,7 @@ impl Home {
 
     /// Starts a server that listens for clients on `url` and waits until it is ready.
     fn start(&self, url: &str, flags: &[&str]) -> Started {
-        let mut arguments = strings(&["--name=n1", "--data-dir=data"]);
+        let mut arguments = strings(&["--name=n1", "--data-dir=data", NO_PEERS]);
         arguments.extend(strings(&["--listen-client-urls", url, "--advertise-client-urls", url]));
         arguments.extend(strings(flags));
         let started = Started::new(&kvorum(), self.directory.path(), &arguments);
@@ -446,8 +449,9 @@ fn a_socket_file_serves_curl_and_etcdctl() {
     let url = format!("unix://{}", socket.display());
     // The second start finds the file that the first, killed, left behind.
     for _ in 0..2 {
-        let mut arguments = strings(&["--name=n1", "--data-dir=data", "--listen-client-urls"]);
-        arguments.extend(strings(&[&url, "--advertise-client-urls=http://127.0.0.1:2379"]));
+        let mut arguments = strings(&["--name=n1", "--data-dir=data", NO_PEERS]);
+        arguments.extend(strings(&["--listen-client-urls", &url]));
+        arguments.extend(strings(&["--advertise-client-urls=http://127.0.0.1:2379"]));
         let mut started = Started::new(&kvorum(), home.directory.path(), &arguments);
         until("the server to be ready", || {
             started.log().contains("ready to serve client requests").then_some(())

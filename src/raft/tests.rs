@@ -1,4 +1,5 @@
 use bytes::Bytes;
+use raft::eraftpb::EntryType;
 
 use super::*;
 

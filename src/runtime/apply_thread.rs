@@ -7,6 +7,8 @@
 //! Between turns it does what else changes the state's memory: physical compaction
 //! in small steps, and cuts for the checkpoint.
 
+mod install;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
@@ -17,6 +19,7 @@ use prost::Message as _;
 // The same as std's, but for tests that move time.
 use tokio::time::Instant;
 
+pub use self::install::Replacement;
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
 use super::hashes::{HashJob, HashQueue};
@@ -47,6 +50,8 @@ const PINNED_PAUSE: Duration = Duration::from_millis(10);
 pub enum ApplyTask {
     /// Apply these committed entries, which follow the last ones.
     Entries(Vec<Entry>),
+    /// Go on with another state, which a durable checkpoint holds.
+    Install(Box<Replacement>),
     /// Stop. What is queued, and not yet applied, is applied at the next start.
     Stop,
 }
@@ -214,6 +219,7 @@ impl ApplyThread {
     fn accept(&mut self, task: ApplyTask, progress: &mut Progress) -> Received {
         match task {
             ApplyTask::Entries(entries) => progress.entries.extend(entries),
+            ApplyTask::Install(replacement) => self.install(*replacement, progress),
             ApplyTask::Stop => return Received::Stop,
         }
         Received::Went
@@ -272,6 +278,10 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_in_use_bytes());
+        if effects.members_changed {
+            self.published.set_learner(state.is_learner());
+            self.published.members.send_modify(|changes| *changes += 1);
+        }
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.
             self.hashes.push(HashJob::new(hash, &self.pins));

@@ -22,6 +22,8 @@
 //! * The head's index never goes back: leases are written in place, so an older head
 //!   beside newer leases would be the state of no index at all.
 
+mod install;
+
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,7 +36,10 @@ use tokio::sync::oneshot;
 // The same as std's, but for tests that move time.
 use tokio::time::Instant;
 
+pub use self::install::Install;
+use super::apply_thread::ApplyTask;
 use super::fault::Fault;
+use super::image::FillError;
 use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
@@ -86,6 +91,8 @@ pub enum CheckpointTask {
     /// Write everything anew, give back the space of the old checkpoint, and answer:
     /// [`Error::NoSpace`] when there is no space for both.
     Rewrite(oneshot::Sender<Result<(), Error>>),
+    /// Replace the checkpoint, the state and the log by an image from another member.
+    Install(Box<Install>),
     /// Stop. What is queued before it is written.
     Stop,
 }
@@ -177,6 +184,13 @@ impl Checkpointer {
         let _ = self.tasks.send(CheckpointTask::Write(cut, reason));
     }
 
+    /// The state was replaced by one that its checkpoint holds, which is like a snapshot.
+    pub fn replaced(&mut self, state: &StateMachine) {
+        self.snapshot_index = state.applied().index;
+        self.dirty_since = None;
+        self.note(state);
+    }
+
     fn reason_now(&self) -> Option<CutReason> {
         if self.applied_index.saturating_sub(self.snapshot_index) > self.snapshot_count {
             Some(CutReason::Snapshot)
@@ -227,6 +241,8 @@ pub struct CheckpointThread {
     pub tasks: Receiver<CheckpointTask>,
     /// Where the log is told what it no longer needs to hold.
     pub log: Sender<LogTask>,
+    /// Where the state is replaced.
+    pub apply: Sender<ApplyTask>,
     /// The applied index of the checkpoint as it is on disk.
     pub durable_index: u64,
     /// The revision that goes with it.
@@ -262,7 +278,7 @@ impl CheckpointThread {
         }
     }
 
-    fn run_until_stopped(&mut self) -> Result<(), StorageError> {
+    fn run_until_stopped(&mut self) -> Result<(), CheckpointError> {
         let mut waiting: Option<WaitingCut> = None;
         loop {
             let task = match &waiting {
@@ -280,7 +296,7 @@ impl CheckpointThread {
         &mut self,
         task: Result<CheckpointTask, RecvTimeoutError>,
         waiting: &mut Option<WaitingCut>,
-    ) -> Result<Flow, StorageError> {
+    ) -> Result<Flow, CheckpointError> {
         match task {
             Ok(CheckpointTask::Write(cut, reason)) => {
                 *waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
@@ -289,6 +305,11 @@ impl CheckpointThread {
                 let rewritten = self.rewrite_where_there_is_space()?;
                 // Whoever asked may have gone.
                 let _ = done.send(rewritten);
+            }
+            Ok(CheckpointTask::Install(install)) => {
+                if !self.install(*install)? {
+                    return Ok(Flow::Stop);
+                }
             }
             // What waits for space is in the log.
             Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => {
@@ -310,7 +331,8 @@ impl CheckpointThread {
     fn write(&mut self, waiting: &WaitingCut) -> Result<bool, StorageError> {
         let WaitingCut { cut, reason, since } = waiting;
         let needed_bytes = needed_bytes(cut.dirty.records_bytes as u64);
-        // Everything was written anew while the cut waited: the checkpoint holds it.
+        // Everything was written anew while the cut waited, and the checkpoint holds it; or a
+        // snapshot was installed, and the log does not reach back to the cut.
         let is_superseded = cut.head.applied_index < self.durable_index;
         if !is_superseded && !self.write_where_there_is_space(cut, needed_bytes)? {
             if !self.shortage.set_checkpoint_waits(true) {
@@ -327,7 +349,9 @@ impl CheckpointThread {
         }
         self.shortage.set_cut_bytes(0);
         self.busy.store(false, Ordering::Release);
-        self.tell(cut, *reason, since.elapsed())?;
+        if !is_superseded {
+            self.tell(cut, *reason, since.elapsed())?;
+        }
         Ok(true)
     }
 
@@ -488,6 +512,15 @@ impl CheckpointThread {
         tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");
         Ok(next)
     }
+}
+
+/// Why the checkpoint thread cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CheckpointError {
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error("cannot install a snapshot: {0}")]
+    Install(#[from] FillError),
 }
 
 /// A cut on its way to the disk.

@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::lease::{Expiry, Lessor, Renewal};
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::{LeaseCheckpoint, LeaseCheckpointRequest};
-use crate::pb::kvorumpb::{LeaseExpire, command::Request};
+use crate::pb::kvorumpb::{LeaseExpire, LeaseRemainders, command::Request};
 use crate::state::{LeaseChange, StateMachine};
 
 /// How often the leader looks for leases whose time is up. etcd takes 500 ms.
@@ -130,6 +130,12 @@ impl LeaseClock {
         self.changed.send_replace(());
     }
 
+    /// The state was replaced by another member's: this one does not lead, and what it may
+    /// still remember of deadlines is of leases that need not be there any more.
+    pub fn state_replaced(&self) {
+        self.demote();
+    }
+
     /// This member leads no more.
     fn demote(&self) {
         let mut deadlines = self.deadlines.lock();
@@ -147,11 +153,12 @@ impl LeaseClock {
     /// tell a client that its keys are gone while others still read them.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
-    /// [`Error::Timeout`], [`Error::Stopped`].
+    /// [`Error::NotLeader`] when this member does not lead, [`Error::NoLeader`] when it stops
+    /// leading meanwhile; [`Error::Timeout`], [`Error::Stopped`].
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
         let mut waiting = None;
         loop {
+            proposer.confirm_leadership().await?;
             let (renewal, complete) = {
                 let mut deadlines = self.deadlines.lock();
                 (deadlines.expiry.renew(id, self.now()), deadlines.complete)
@@ -263,7 +270,7 @@ impl LeaseDuty {
                 led_term = Some(now.term);
             }
             self.expire(now.term).await;
-            self.checkpoint().await;
+            self.checkpoint(now.term).await;
         }
     }
 
@@ -301,7 +308,7 @@ impl LeaseDuty {
         }
     }
 
-    async fn checkpoint(&self) {
+    async fn checkpoint(&self, term: u64) {
         let due = {
             let now = self.clock.now();
             self.clock.deadlines.lock().expiry.due_checkpoints(now, CHECKPOINTS_PER_ENTRY)
@@ -311,8 +318,8 @@ impl LeaseDuty {
         }
         let checkpoints =
             due.into_iter().map(|(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl });
-        let request = LeaseCheckpointRequest { checkpoints: checkpoints.collect() };
-        if let Err(error) = self.proposer.propose(Request::LeaseCheckpoint(request)).await {
+        let request = LeaseRemainders { term, checkpoints: checkpoints.collect() };
+        if let Err(error) = self.proposer.propose(Request::LeaseRemainders(request)).await {
             tracing::warn!(%error, "failed to checkpoint leases");
         }
     }

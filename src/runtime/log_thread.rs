@@ -6,11 +6,11 @@
 //! disk then holds is unknown, so the member stops.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
+use std::sync::mpsc::{Receiver, Sender, SyncSender};
 
 use super::fault::Fault;
 use super::raft_thread::{Flow, RaftInput};
-use crate::log::{LogError, LogStore, Mark};
+use crate::log::{HardState, LogError, LogStore, Mark};
 use crate::metrics::Metrics;
 use crate::raft::Append;
 
@@ -25,6 +25,18 @@ pub enum LogTask {
     Append(Append),
     /// Everything up to here is in a durable checkpoint.
     Truncate(Mark),
+    /// A snapshot is in the checkpoint that counts: begin anew after it, then report that
+    /// like a write.
+    Install {
+        /// Where the snapshot ends.
+        start: Mark,
+        /// Term, vote and commit from then on.
+        hard_state: HardState,
+        /// What is reported as persisted.
+        number: u64,
+        /// Told when it is done.
+        done: SyncSender<()>,
+    },
     /// Stop, with everything before it durable.
     Stop,
 }
@@ -65,6 +77,7 @@ impl LogThread {
         let mut stop = false;
         let mut truncate = None;
         let mut persisted = None;
+        let mut installed = None;
         let waiting = std::iter::once(first).chain(self.tasks.try_iter());
         for task in waiting.take(APPENDS_PER_SYNC) {
             match task {
@@ -73,6 +86,14 @@ impl LogThread {
                     persisted = Some(append.number);
                 }
                 LogTask::Truncate(to) => truncate = Some(to),
+                LogTask::Install { start, hard_state, number, done } => {
+                    // Durable on return, and with it all that was appended before.
+                    self.log.install(start, hard_state)?;
+                    // What was to be cut is gone.
+                    truncate = None;
+                    persisted = Some(number);
+                    installed = Some((start, done));
+                }
                 LogTask::Stop => {
                     stop = true;
                     break;
@@ -92,11 +113,15 @@ impl LogThread {
             // The raft thread stops before this one does; then nobody waits.
             let _ = self.raft.send(RaftInput::Persisted(number));
         }
+        if let Some((start, done)) = installed {
+            self.tell_first_index(start);
+            tracing::info!(index = start.index, term = start.term, "the log begins anew");
+            let _ = done.send(());
+        }
         if let Some(to) = truncate {
             self.log.truncate_prefix(to)?;
             self.metrics.kvorum_raft_log_truncations_total.inc();
-            let first = i64::try_from(to.index + 1).unwrap_or(i64::MAX);
-            self.metrics.kvorum_raft_log_first_index.set(first);
+            self.tell_first_index(to);
             tracing::info!(index = to.index, term = to.term, "compacted Raft logs");
         }
         if stop {
@@ -105,5 +130,10 @@ impl LogThread {
             return Ok(Flow::Stop);
         }
         Ok(Flow::GoOn)
+    }
+
+    fn tell_first_index(&self, start: Mark) {
+        let first = i64::try_from(start.index + 1).unwrap_or(i64::MAX);
+        self.metrics.kvorum_raft_log_first_index.set(first);
     }
 }

@@ -184,6 +184,56 @@ impl Proposer {
         self.wait_for(&self.published.applied, |applied| *applied >= index, deadline).await
     }
 
+    /// Makes sure that this member led a moment ago, if it does: what a leader tells that was
+    /// asleep, and does not know that there is another, is not to be relied on. A moment is
+    /// less than the election timeout, by which a new leader lets all leases live longer.
+    ///
+    /// # Errors
+    /// [`Error::NotLeader`]; [`Error::Timeout`], [`Error::Stopped`].
+    pub async fn confirm_leadership(&self) -> Result<(), Error> {
+        let role = *self.published.role.borrow();
+        if !role.is_leader {
+            return Err(Error::NotLeader);
+        }
+        let moment = self.election_timeout / 2;
+        let is_fresh =
+            self.published.confirmed().is_some_and(|at| Instant::now().into_std() - at < moment);
+        if !is_fresh {
+            self.read_barrier().await?;
+        }
+        // The barrier may have been passed with the help of another leader.
+        if *self.published.role.borrow() == role { Ok(()) } else { Err(Error::NotLeader) }
+    }
+
+    /// Hands leadership to another voter, and waits until it has it.
+    ///
+    /// # Errors
+    /// [`Error::LeaderTransferTimeout`], [`Error::Stopped`].
+    pub async fn transfer_leader(&self, to: u64) -> Result<(), Error> {
+        let deadline = Instant::now() + self.request_timeout();
+        self.mailbox.send(RaftInput::Transfer(to)).map_err(|_| Error::Stopped)?;
+        let moved = self.wait_for(&self.published.role, |role| role.leader == to, deadline).await;
+        match moved {
+            Err(Error::Timeout) => Err(Error::LeaderTransferTimeout),
+            moved => moved,
+        }
+    }
+
+    /// Before this member stops: hands leadership to whoever can take it, if it leads.
+    /// Waits no longer than an election timeout.
+    pub async fn resign(&self) {
+        let role = *self.published.role.borrow();
+        if !role.is_leader || self.published.is_lone_leader() {
+            return;
+        }
+        let deadline = Instant::now() + self.election_timeout;
+        if self.mailbox.send(RaftInput::Resign).is_ok() {
+            let other = |now: &Role| now.leader != 0 && now.leader != role.leader;
+            let moved = self.wait_for(&self.published.role, other, deadline).await;
+            tracing::info!(moved = moved.is_ok(), "handed leadership over before the stop");
+        }
+    }
+
     /// A member that has just started, or lost its leader, holds proposals back until
     /// there is one, as etcd does.
     async fn wait_for_leader(&self, deadline: Instant) -> Result<Role, Error> {

@@ -36,13 +36,18 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::apply_thread::ApplyTask;
+use super::checkpoint_thread::{CheckpointTask, Install};
 use super::fault::Fault;
 use super::log_thread::LogTask;
 use super::published::Published;
 use super::waiters::Waiters;
 use crate::error::Error;
+use crate::log::Mark;
 use crate::metrics::Metrics;
-use crate::raft::{Change, Effects, Malformed, Node, Outgoing, RaftError, Refused, Role};
+use crate::net::snapshot::Arrived;
+use crate::raft::{
+    self, Change, Configuration, Effects, Malformed, Node, Outgoing, RaftError, Refused, Role,
+};
 
 /// A mailbox is emptied in turns of at most this many inputs, so that a flood of
 /// proposals cannot keep effects and ticks waiting.
@@ -88,6 +93,24 @@ pub enum RaftInput {
     },
     /// What another member says.
     Message(Bytes),
+    /// The image of a snapshot has arrived, with raft's message.
+    Snapshot(Arrived),
+    /// An image of the state is there for a member that needs one.
+    SnapshotMade {
+        /// Which member.
+        to: u64,
+        /// As of which entry.
+        mark: Mark,
+        /// Who belonged to the cluster then.
+        configuration: Configuration,
+    },
+    /// A snapshot was sent, or was not.
+    SnapshotSent {
+        /// To which member.
+        to: u64,
+        /// Whether it is in force there.
+        is_in_force: bool,
+    },
     /// A member cannot be reached. `is_broken`: it could before.
     Unreachable {
         /// Which.
@@ -122,8 +145,9 @@ pub trait Outbox: Send {
     /// Sends a message; `false` when it is dropped.
     fn send(&mut self, message: Outgoing) -> bool;
 
-    /// Prepares a snapshot for a member.
-    fn make_snapshot(&mut self, to: u64);
+    /// Prepares a snapshot for a member, as of an entry that is not before `first_index`:
+    /// [`RaftInput::SnapshotMade`] follows. Asked for again and again until then.
+    fn make_snapshot(&mut self, to: u64, first_index: u64);
 }
 
 /// Everything the raft thread works with.
@@ -138,6 +162,8 @@ pub struct RaftParts {
     pub log: Sender<LogTask>,
     /// Where committed entries go.
     pub apply: Sender<ApplyTask>,
+    /// Where images are put in force.
+    pub checkpoint: Sender<CheckpointTask>,
     /// What the thread tells everybody.
     pub published: Arc<Published>,
     /// Who is told when a proposal is refused.
@@ -185,6 +211,8 @@ pub struct RaftThread {
     unsynced: VecDeque<(u64, Instant)>,
     /// Whether leadership was offered because of a disk that hangs.
     resigns: bool,
+    /// The image whose message raft is looking at.
+    arrived: Option<Arrived>,
 }
 
 /// Why the raft thread ends by itself.
@@ -208,7 +236,14 @@ impl RaftThread {
     pub fn new(parts: RaftParts, now: Instant) -> RaftThread {
         let next_tick = now + parts.tick;
         let reads = Reads::new(parts.member, parts.waiters.boot(), parts.election_timeout);
-        RaftThread { parts, reads, next_tick, unsynced: VecDeque::new(), resigns: false }
+        RaftThread {
+            parts,
+            reads,
+            next_tick,
+            unsynced: VecDeque::new(),
+            resigns: false,
+            arrived: None,
+        }
     }
 
     /// Runs until told to stop. The only voter stands for election at once.
@@ -333,6 +368,11 @@ impl RaftThread {
                 let _ = refusals.send(refused);
             }
             RaftInput::Message(bytes) => self.step(&bytes)?,
+            RaftInput::Snapshot(arrived) => self.receive_snapshot(arrived, now)?,
+            RaftInput::SnapshotMade { to, mark, configuration } => {
+                node.offer_snapshot(to, mark, &configuration);
+            }
+            RaftInput::SnapshotSent { to, is_in_force } => node.report_snapshot(to, is_in_force),
             RaftInput::Unreachable { id, is_broken: true } => node.lost_sight_of(id),
             RaftInput::Unreachable { id, is_broken: false } => node.report_unreachable(id),
             RaftInput::ReadIndex(reply) => self.reads.queue.push(reply),
@@ -380,12 +420,36 @@ impl RaftThread {
         }
     }
 
+    /// Raft decides at once whether it goes on from the image, which then waits for nothing
+    /// else: the message of a later one would replace it.
+    fn receive_snapshot(&mut self, arrived: Arrived, now: Instant) -> Result<(), RaftFailure> {
+        let message = arrived.begin.message.clone();
+        self.arrived = Some(arrived);
+        self.step(&message)?;
+        self.carry_out(now)?;
+        if let Some(unused) = self.arrived.take() {
+            // This member is ahead of it. The sender may have gone.
+            let _ = unused.done.send(());
+        }
+        Ok(())
+    }
+
+    fn install(&mut self, install: raft::Install) {
+        let raft::Install { mark, number, hard_state } = install;
+        // Raft restores what it was just shown, and nothing else.
+        if let Some(Arrived { spool, done, .. }) = self.arrived.take() {
+            let install = Install { spool, mark, hard_state, number, done };
+            let _ = self.parts.checkpoint.send(CheckpointTask::Install(Box::new(install)));
+        }
+    }
+
     /// Carries out effects until there are none. The other threads end only after
     /// this one, so a message to them is lost only when they failed, and then the
     /// fault is raised already.
     fn carry_out(&mut self, now: Instant) -> Result<(), RaftFailure> {
         while let Some(effects) = self.parts.node.effects()? {
-            let Effects { role, messages, append, committed, reads, .. } = effects;
+            let Effects { role, messages, snapshots_wanted, install, append, committed, reads } =
+                effects;
             if let Some(role) = role {
                 self.publish_role(role);
                 self.reads.term_index = None;
@@ -397,8 +461,11 @@ impl RaftThread {
                     self.parts.node.report_unreachable(to);
                 }
             }
-            for to in effects.snapshots_wanted {
-                self.parts.outbox.make_snapshot(to);
+            for to in snapshots_wanted {
+                self.parts.outbox.make_snapshot(to, self.parts.node.log_start());
+            }
+            if let Some(install) = install {
+                self.install(install);
             }
             if let Some(append) = append {
                 self.unsynced.push_back((append.number, now));

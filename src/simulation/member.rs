@@ -132,7 +132,7 @@ impl Outbox for Post {
         true
     }
 
-    fn make_snapshot(&mut self, _to: u64) {}
+    fn make_snapshot(&mut self, _to: u64, _first_index: u64) {}
 }
 
 struct Forwards(Arc<Mutex<Vec<Forward>>>);
@@ -207,6 +207,7 @@ impl Life {
         let (apply_sender, committed) = mpsc::channel();
         let (apply_tasks, apply_receiver) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
+        let to_checkpoint = checkpoint_sender.clone();
         let busy = Arc::new(AtomicBool::new(false));
         let (sent, forwards) = (Arc::default(), Arc::default());
 
@@ -255,6 +256,7 @@ impl Life {
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
             log: log_sender.clone(),
+            apply: apply_sender.clone(),
             durable_index: applied.index,
             durable_revision,
             published: Arc::clone(&published),
@@ -301,6 +303,7 @@ impl Life {
             outbox: Box::new(Post(Arc::clone(&sent))),
             log: log_sender,
             apply: apply_sender,
+            checkpoint: to_checkpoint,
             published: Arc::clone(&published),
             waiters: Arc::clone(&waiters),
             metrics: Arc::clone(&metrics),

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::mem;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use super::member::{Life, Timing};
 use super::random::{Random, mix};
 use super::{Failure, Planted, Summary};
 use crate::error::Error;
-use crate::log::LogStore as _;
+use crate::log::{HardState, LogStore as _};
 use crate::pb::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::pb::etcdserverpb::watch_request::RequestUnion;
 use crate::pb::etcdserverpb::{
@@ -217,11 +218,16 @@ fn bootstrap(members: usize, name: usize) -> Bootstrap {
         cluster_token: "simulation".to_owned(),
         name: format!("m{name}"),
         cluster_version: "3.7.0".to_owned(),
+        joins: false,
+        running: None,
+        max_learners: 1,
+        force_new_cluster: false,
     }
 }
 
 fn first_state(members: usize, name: usize) -> StateMachine {
-    recover::first_state(&bootstrap(members, name)).expect("the member is one of them")
+    recover::first_state(&bootstrap(members, name), Path::new("(none)"))
+        .expect("the member is one of them")
 }
 
 impl World {
@@ -235,11 +241,7 @@ impl World {
             let start = state.applied();
             if start.index > 0 {
                 let (mut log, _) = disk.open_log();
-                log.install(
-                    start,
-                    crate::log::HardState { term: start.term, vote: 0, commit: start.index },
-                )
-                .expect("an empty log");
+                log.install(start, HardState::of_start(start)).expect("an empty log");
             }
             records::fill(disk.open_store().as_mut(), &state.cut()).expect("an empty store");
             Machine {
@@ -1006,17 +1008,8 @@ impl World {
         let done = Arc::clone(&self.done);
         let Some(life) = &mut self.machines[member].life else { return };
         let (proposer, leases) = (Arc::clone(&life.proposer), Arc::clone(&life.leases));
-        let published = Arc::clone(&life.published);
         life.spawn(async move {
-            let kept = async {
-                // A leader that was asleep does not know that there is another.
-                let role = *published.role.borrow();
-                proposer.read_barrier().await?;
-                if !role.is_leader || *published.role.borrow() != role {
-                    return Err(Error::NoLeader);
-                }
-                leases.keep_alive(id, &proposer).await
-            };
+            let kept = async { leases.keep_alive(id, &proposer).await };
             let ended = match tokio::time::timeout(patience, kept).await {
                 Ok(Ok(ttl)) => Ended::KeptAlive(ttl > 0),
                 _ => Ended::GaveUp,

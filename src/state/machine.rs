@@ -19,12 +19,13 @@ use super::members::Members;
 use super::txn;
 use crate::error::Error;
 use crate::lease::{Lease, Lessor};
-use crate::log::Mark;
+use crate::log::{BOOTSTRAP, Mark};
 use crate::mvcc::{Change, HashKv, KeyRange, RangeEnd, Revision, Store};
 use crate::pb::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
-    DeleteRangeResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeResponse, PutResponse,
-    ResponseHeader, TxnResponse, alarm_request::AlarmAction,
+    DeleteRangeResponse, LeaseCheckpoint, LeaseGrantRequest, LeaseGrantResponse,
+    LeaseRevokeResponse, Member, PutResponse, ResponseHeader, TxnResponse,
+    alarm_request::AlarmAction,
 };
 use crate::pb::kvorumpb::{CheckpointHead, Command, MemberRecord, command::Request};
 use crate::pb::leasepb;
@@ -49,12 +50,15 @@ pub enum Response {
     LeaseRevoke(LeaseRevokeResponse),
     /// To an alarm request.
     Alarm(AlarmResponse),
+    /// To a change of the members: all of them, as they are then.
+    Members(Vec<Member>),
     /// To a command that no client sent.
     Done,
 }
 
 impl Response {
-    /// The header, of which the revision alone is filled in. Only [`Response::Done`] has none.
+    /// The header, of which the revision alone is filled in. [`Response::Members`],
+    /// which etcd answers without a revision, and [`Response::Done`] have none.
     pub fn header_mut(&mut self) -> Option<&mut Option<ResponseHeader>> {
         match self {
             Response::Put(response) => Some(&mut response.header),
@@ -64,7 +68,7 @@ impl Response {
             Response::LeaseGrant(response) => Some(&mut response.header),
             Response::LeaseRevoke(response) => Some(&mut response.header),
             Response::Alarm(response) => Some(&mut response.header),
-            Response::Done => None,
+            Response::Members(_) | Response::Done => None,
         }
     }
 }
@@ -87,6 +91,9 @@ pub struct Effects {
     pub leases: Vec<LeaseChange>,
     /// Hashes of compactions, begun just before these took effect.
     pub compactions: Vec<HashKv>,
+    /// Whether there is something new to know about the members: who they are, which of
+    /// them vote, or where they are reached.
+    pub members_changed: bool,
 }
 
 #[cfg(test)]
@@ -173,9 +180,32 @@ pub struct StateMachine {
 }
 
 impl StateMachine {
-    /// The state of a new cluster with these members, before anything is applied.
+    /// The state of a new cluster with these members, where its log begins.
     /// `member_id` is the member that holds this state.
     pub fn bootstrap(member_id: u64, members: Members, cluster_version: String) -> StateMachine {
+        StateMachine::empty(member_id, members, cluster_version, BOOTSTRAP)
+    }
+
+    /// The state of a member that joins a cluster, before it has any of the cluster's log: a
+    /// snapshot comes first and replaces all this. The members are there to be reached, and
+    /// for the cluster's id; none of them counts yet
+    /// ([`StateMachine::configuration_members`]).
+    pub fn joining(
+        member_id: u64,
+        cluster_id: u64,
+        members: Vec<MemberRecord>,
+        cluster_version: String,
+    ) -> StateMachine {
+        let members = Members::restore(cluster_id, members, Vec::new());
+        StateMachine::empty(member_id, members, cluster_version, Mark::default())
+    }
+
+    fn empty(
+        member_id: u64,
+        members: Members,
+        cluster_version: String,
+        applied: Mark,
+    ) -> StateMachine {
         StateMachine {
             store: Store::new(),
             lessor: Lessor::default(),
@@ -183,7 +213,7 @@ impl StateMachine {
             member_id,
             cluster_version,
             alarms: BTreeSet::new(),
-            applied: Mark::default(),
+            applied,
             dirty: Dirty { rest: true, ..Dirty::default() },
         }
     }
@@ -199,7 +229,7 @@ impl StateMachine {
         StateMachine {
             store,
             lessor,
-            members: Members::restore(head.cluster_id, members),
+            members: Members::restore(head.cluster_id, members, head.removed_members),
             member_id: head.member_id,
             cluster_version: head.cluster_version,
             alarms: head.alarms.iter().map(|alarm| (alarm.member_id, alarm.alarm)).collect(),
@@ -223,9 +253,24 @@ impl StateMachine {
         &self.members
     }
 
+    /// Who votes and who only listens as of the applied index: raft's configuration. Nobody
+    /// before anything is applied, since the members a joining one was told of may be others
+    /// by the time a leader reaches it.
+    pub fn configuration_members(&self) -> (Vec<u64>, Vec<u64>) {
+        if self.applied.index == 0 {
+            return (Vec::new(), Vec::new());
+        }
+        self.members.voters_and_learners()
+    }
+
     /// The member that holds this state.
     pub fn member_id(&self) -> u64 {
         self.member_id
+    }
+
+    /// Whether that one only listens.
+    pub fn is_learner(&self) -> bool {
+        self.members.get(self.member_id).is_some_and(|member| member.is_learner)
     }
 
     /// A checksum of all that members must agree on, with every version there is; what
@@ -244,6 +289,9 @@ impl StateMachine {
         }
         for member in self.members.records() {
             rest.add(&member.encode_to_vec());
+        }
+        for id in self.members.removed() {
+            rest.add(&id.to_be_bytes());
         }
         for alarm in self.alarms(AlarmType::None) {
             rest.add(&alarm.encode_to_vec());
@@ -344,20 +392,28 @@ impl StateMachine {
                 Ok(Response::Done)
             }
             Request::LeaseCheckpoint(request) => {
-                for lease in request.checkpoints {
-                    if self.lessor.set_remaining(lease.id, lease.remaining_ttl).is_some() {
-                        self.note_lease(lease.id);
-                    }
-                }
+                self.set_remaining(request.checkpoints);
+                Ok(Response::Done)
+            }
+            Request::LeaseRemainders(request) if request.term == entry.term => {
+                self.set_remaining(request.checkpoints);
                 Ok(Response::Done)
             }
             // A leader of an earlier term decided this; it is not its to decide now.
-            Request::AutoCompact(_) | Request::LeaseExpire(_) => Ok(Response::Done),
+            Request::AutoCompact(_) | Request::LeaseExpire(_) | Request::LeaseRemainders(_) => {
+                Ok(Response::Done)
+            }
             Request::Alarm(request) => Ok(Response::Alarm(self.alarm(request))),
-            Request::MemberChange(_) => Ok(Response::Done),
+            Request::MemberChange(request) => {
+                // A change of a kind that this version does not know is none.
+                let Some(change) = request.change else { return Ok(Response::Done) };
+                self.members.change(change)?;
+                self.note_members(effects);
+                Ok(Response::Members(self.members.list()))
+            }
             Request::MemberPublish(request) => {
                 self.members.publish(request.id, request.name, request.client_urls);
-                self.dirty.rest = true;
+                self.note_members(effects);
                 Ok(Response::Done)
             }
         }
@@ -386,7 +442,8 @@ impl StateMachine {
         Cut { head: self.head(), members: self.members.records(), dirty }
     }
 
-    fn head(&self) -> CheckpointHead {
+    /// How far the state is, and the small things in it.
+    pub fn head(&self) -> CheckpointHead {
         CheckpointHead {
             applied_index: self.applied.index,
             applied_term: self.applied.term,
@@ -396,7 +453,7 @@ impl StateMachine {
             member_id: self.member_id,
             cluster_version: self.cluster_version.clone(),
             alarms: self.alarms(AlarmType::None),
-            removed_members: Vec::new(),
+            removed_members: self.members.removed(),
             installed: false,
         }
     }
@@ -435,6 +492,19 @@ impl StateMachine {
         self.dirty.leases.insert(id, None);
         effects.leases.push(LeaseChange::Revoked(id));
         Ok(())
+    }
+
+    fn set_remaining(&mut self, checkpoints: Vec<LeaseCheckpoint>) {
+        for lease in checkpoints {
+            if self.lessor.set_remaining(lease.id, lease.remaining_ttl).is_some() {
+                self.note_lease(lease.id);
+            }
+        }
+    }
+
+    fn note_members(&mut self, effects: &mut Effects) {
+        self.dirty.rest = true;
+        effects.members_changed = true;
     }
 
     fn note_lease(&mut self, id: i64) {
@@ -507,6 +577,7 @@ fn is_refused_when_corrupt(request: &Request) -> bool {
         | Request::LeaseRevoke(_)
         | Request::LeaseExpire(_) => true,
         Request::LeaseCheckpoint(_)
+        | Request::LeaseRemainders(_)
         | Request::Alarm(_)
         | Request::MemberPublish(_)
         | Request::MemberChange(_) => false,

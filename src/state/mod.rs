@@ -5,10 +5,12 @@
 //! * [`check`]: what is wrong with a request, as etcd says it, before it is proposed.
 //! * [`txn`]: carrying out puts, deletes, ranges and transactions.
 //! * [`members`]: who belongs to the cluster.
+//! * [`reconfig`]: whether a change of the members is safe now.
 
 pub mod check;
 pub mod machine;
 pub mod members;
+pub mod reconfig;
 pub mod txn;
 
 #[cfg(test)]

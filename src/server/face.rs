@@ -1,0 +1,120 @@
+//! A member as its peers see it: what their calls come to.
+
+use std::sync::mpsc::Sender;
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::sync::oneshot;
+use tonic::Streaming;
+
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::net::identity::Identity;
+use crate::net::snapshot::Incoming;
+use crate::net::{Receiver, SnapshotReplies};
+use crate::pb::etcdserverpb::*;
+use crate::pb::kvorumpb::{
+    Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, SnapshotChunk,
+};
+use crate::raft::Refused;
+use crate::runtime::forwarder::told;
+use crate::runtime::proposer::change_of;
+use crate::runtime::raft_thread::{Proposal, RaftInput};
+
+/// See the module documentation.
+pub(super) struct PeerFace {
+    engine: Engine,
+    raft: Sender<RaftInput>,
+    snapshots: Incoming,
+}
+
+impl PeerFace {
+    pub(super) fn new(engine: Engine, raft: Sender<RaftInput>, snapshots: Incoming) -> PeerFace {
+        PeerFace { engine, raft, snapshots }
+    }
+}
+
+#[tonic::async_trait]
+impl Receiver for PeerFace {
+    fn identity(&self) -> Identity {
+        let header = self.engine.header();
+        Identity { cluster_id: header.cluster_id, member_id: header.member_id }
+    }
+
+    fn is_removed(&self, member: u64) -> bool {
+        self.engine.is_removed(member)
+    }
+
+    fn messages(&self, _from: u64, messages: Vec<Bytes>) {
+        for message in messages {
+            // A member that stops says so otherwise.
+            let _ = self.raft.send(RaftInput::Message(message));
+        }
+    }
+
+    fn snapshot(&self, _from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
+        Box::pin(self.snapshots.receive(chunks))
+    }
+
+    async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {
+        let mut refusals = Vec::new();
+        let mut proposals = Vec::with_capacity(request.proposals.len());
+        for proposal in request.proposals {
+            let sequence = proposal.sequence;
+            let change = if proposal.is_member_change {
+                // A command that is none would stop every member that applies it.
+                let command = Command::decode(proposal.command.clone()).ok();
+                match command.and_then(|command| change_of(command.request.as_ref()?)) {
+                    Some(change) => Some(change),
+                    None => {
+                        refusals.push(refused(sequence, Refused::NotLeader));
+                        continue;
+                    }
+                }
+            } else {
+                None
+            };
+            proposals.push(Proposal { command: proposal.command, change, sequence });
+        }
+        let (sender, answer) = oneshot::channel();
+        let input = RaftInput::Forwarded { proposals, term: request.term, refusals: sender };
+        self.raft.send(input).map_err(|_| Error::Stopped)?;
+        let not_taken = answer.await.map_err(|_| Error::Stopped)?;
+        refusals.extend(not_taken.into_iter().map(|(sequence, why)| refused(sequence, why)));
+        Ok(ProposeResponse { refusals })
+    }
+
+    async fn lease_keep_alive(
+        &self,
+        request: LeaseKeepAliveRequest,
+    ) -> Result<LeaseKeepAliveResponse, Error> {
+        self.engine.keep_alive_here(request.id).await
+    }
+
+    async fn lease_time_to_live(
+        &self,
+        request: LeaseTimeToLiveRequest,
+    ) -> Result<LeaseTimeToLiveResponse, Error> {
+        self.engine.time_to_live_here(request).await
+    }
+
+    async fn member_promote(
+        &self,
+        request: MemberPromoteRequest,
+    ) -> Result<MemberPromoteResponse, Error> {
+        self.engine.promote_here(request.id).await
+    }
+
+    async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
+        self.engine.hash_kv(request).await
+    }
+
+    async fn members(&self) -> Result<MembersResponse, Error> {
+        let cluster_id = self.identity().cluster_id;
+        Ok(MembersResponse { cluster_id, members: self.engine.member_records() })
+    }
+}
+
+fn refused(sequence: u64, why: Refused) -> Refusal {
+    Refusal { sequence, reason: told(why).into() }
+}
