@@ -29,10 +29,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::RwLock;
 use tokio::sync::oneshot;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 pub use self::install::Install;
 use super::apply_thread::ApplyTask;
@@ -41,6 +43,7 @@ use super::image::FillError;
 use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
+use super::raft_thread::Flow;
 use super::records;
 use super::space::{self, RESERVE_BYTES, STORE_BYTES_PER_BYTE, Shortage};
 use crate::error::Error;
@@ -282,30 +285,44 @@ impl CheckpointThread {
                 None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => self.tasks.recv_timeout(FULL_RETRY),
             };
-            match task {
-                Ok(CheckpointTask::Write(cut, reason)) => {
-                    waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
-                }
-                Ok(CheckpointTask::Rewrite(done)) => {
-                    let rewritten = self.rewrite_where_there_is_space()?;
-                    // Whoever asked may have gone.
-                    let _ = done.send(rewritten);
-                }
-                Ok(CheckpointTask::Install(install)) => {
-                    if !self.install(*install)? {
-                        return Ok(());
-                    }
-                }
-                // What waits for space is in the log.
-                Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            if let Some(cut) = &waiting
-                && self.write(cut)?
-            {
-                waiting = None;
+            if self.turn(task, &mut waiting)? == Flow::Stop {
+                return Ok(());
             }
         }
+    }
+
+    /// Does one task, and writes the cut that waits if there is space.
+    pub(crate) fn turn(
+        &mut self,
+        task: Result<CheckpointTask, RecvTimeoutError>,
+        waiting: &mut Option<WaitingCut>,
+    ) -> Result<Flow, CheckpointError> {
+        match task {
+            Ok(CheckpointTask::Write(cut, reason)) => {
+                *waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
+            }
+            Ok(CheckpointTask::Rewrite(done)) => {
+                let rewritten = self.rewrite_where_there_is_space()?;
+                // Whoever asked may have gone.
+                let _ = done.send(rewritten);
+            }
+            Ok(CheckpointTask::Install(install)) => {
+                if !self.install(*install)? {
+                    return Ok(Flow::Stop);
+                }
+            }
+            // What waits for space is in the log.
+            Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                return Ok(Flow::Stop);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(cut) = &waiting
+            && self.write(cut)?
+        {
+            *waiting = None;
+        }
+        Ok(Flow::GoOn)
     }
 
     /// Writes a cut if there is space for it; `false` if there is none. Nothing is lost
@@ -499,7 +516,7 @@ impl CheckpointThread {
 
 /// Why the checkpoint thread cannot go on.
 #[derive(Debug, thiserror::Error)]
-enum CheckpointError {
+pub(crate) enum CheckpointError {
     #[error(transparent)]
     Storage(#[from] StorageError),
     #[error("cannot install a snapshot: {0}")]
@@ -507,7 +524,7 @@ enum CheckpointError {
 }
 
 /// A cut on its way to the disk.
-struct WaitingCut {
+pub(crate) struct WaitingCut {
     cut: Box<Cut>,
     reason: CutReason,
     since: Instant,

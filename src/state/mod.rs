@@ -13,4 +13,6 @@ pub mod members;
 pub mod reconfig;
 pub mod txn;
 
+#[cfg(test)]
+pub(crate) use machine::TRUSTS_STALE_LEADERS;
 pub use machine::{Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine};

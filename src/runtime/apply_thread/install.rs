@@ -13,7 +13,6 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
 
 use super::{ApplyThread, Progress};
 use crate::error::Error;
@@ -62,7 +61,7 @@ impl ApplyThread {
         progress.entries.retain(|entry| entry.index > applied.index);
         // What it holds of compacted versions is to be removed like after a start.
         progress.removal = None;
-        progress.compact_at = Some(Instant::now() + self.pace.pause);
+        progress.compact_at = Some(tokio::time::Instant::now() + self.pace.pause);
         self.feed.publish(revision, revision, Arc::default());
         self.waiters.fail_all(&Error::Timeout);
         // The raft thread outlives this one, or is gone and does not care.
