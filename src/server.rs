@@ -18,6 +18,7 @@
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
 pub mod discover;
+mod face;
 mod member;
 mod sockets;
 mod stop;
@@ -27,6 +28,7 @@ use std::time::Instant;
 
 use tokio::task::JoinHandle;
 
+use self::face::PeerFace;
 use self::member::Member;
 use self::sockets::{
     Bound, advertised, bind_peers, peer_connector, peer_serve_options, serve_options,
@@ -40,7 +42,7 @@ use crate::api::peer::max_peer_message_bytes;
 use crate::api::tls::TlsError;
 use crate::client::Client;
 use crate::config::{Config, ConfigErrors};
-use crate::engine::{Engine, PeerFace};
+use crate::engine::Engine;
 use crate::error::Error;
 use crate::runtime::fault::Fault;
 use crate::runtime::recover::OpenError;

@@ -14,10 +14,11 @@ use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
 use super::{StartError, discover};
 use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
-use crate::engine::{Engine, Limits, Parts, PeerFace, Versions};
+use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
 use crate::log::{Identity, Mark};
 use crate::metrics::Metrics;
@@ -328,8 +329,7 @@ fn peers(
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });
     };
     let Identity { cluster_id, member_id } = identity;
-    let runtime = Handle::current();
-    Peers::new(cluster_id, member_id, connector, Arc::new(events), runtime, Arc::clone(metrics))
+    Peers::new(cluster_id, member_id, connector, Arc::new(events), Arc::clone(metrics))
 }
 
 /// Where snapshots of other members arrive, which then go to raft.
