@@ -28,7 +28,7 @@ pub enum LogTask {
     /// A snapshot is in the checkpoint that counts: begin anew after it, then report that
     /// like a write.
     Install {
-        /// Where the snapshot ends.
+        /// Where the snapshot ends. The state is there already, and raft is told so.
         start: Mark,
         /// Term, vote and commit from then on.
         hard_state: HardState,
@@ -114,6 +114,9 @@ impl LogThread {
             let _ = self.raft.send(RaftInput::Persisted(number));
         }
         if let Some((start, done)) = installed {
+            // The state was replaced before, but raft takes nothing for applied that it
+            // does not know to be persisted.
+            let _ = self.raft.send(RaftInput::Applied(start.index));
             self.tell_first_index(start);
             tracing::info!(index = start.index, term = start.term, "the log begins anew");
             let _ = done.send(());

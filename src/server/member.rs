@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
@@ -48,6 +48,9 @@ use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
+
+/// A member that could not tell the cluster who it is tries again after this.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 
 /// A member without its sockets.
 pub(super) struct Member {
@@ -306,7 +309,20 @@ impl Member {
             _ = leader => {}
             fatal = self.fault.wait() => return Err(fatal.into()),
         }
-        self.engine.publish(config.name.clone(), client_urls).await.map_err(StartError::Publish)
+        loop {
+            let published = self.engine.publish(config.name.clone(), client_urls.clone()).await;
+            match published {
+                Ok(()) => return Ok(()),
+                Err(error) if self.fault.get().is_none() && error != Error::Stopped => {
+                    // etcd tries for as long as it takes: the others may be starting, too.
+                    tracing::warn!(%error, "failed to publish the member; trying again");
+                    tokio::time::sleep(PUBLISH_PAUSE).await;
+                }
+                Err(error) => {
+                    return Err(self.fault.get().map_or(StartError::Publish(error), Into::into));
+                }
+            }
+        }
     }
 }
 
@@ -470,8 +486,6 @@ fn retention(config: &Config) -> Option<Retention> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

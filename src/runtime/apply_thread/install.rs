@@ -16,7 +16,6 @@ use std::sync::mpsc::SyncSender;
 
 use super::{ApplyThread, Progress};
 use crate::error::Error;
-use crate::runtime::raft_thread::RaftInput;
 use crate::state::StateMachine;
 
 /// The state to go on with.
@@ -64,8 +63,7 @@ impl ApplyThread {
         progress.compact_at = Some(tokio::time::Instant::now() + self.pace.pause);
         self.feed.publish(revision, revision, Arc::default());
         self.waiters.fail_all(&Error::Timeout);
-        // The raft thread outlives this one, or is gone and does not care.
-        let _ = self.raft.send(RaftInput::Applied(applied.index));
+        // Raft hears of it from the log thread: for raft nothing is applied that is not persisted.
         let _ = done.send(());
         // Takes a while, and everybody goes on meanwhile.
         drop(old);
