@@ -23,6 +23,8 @@
 //! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
 //! the write: it may still happen.
 
+mod corrupt;
+mod divergence;
 mod members;
 mod peer;
 mod range;
@@ -49,11 +51,13 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
+use crate::runtime::rolling_hashes::RollingHashes;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
+pub use corrupt::Inconsistent;
 pub(crate) use peer::PeerFace;
 
 /// A writer that is ahead of the checkpoint looks again after this.
@@ -124,6 +128,7 @@ pub(crate) struct Parts {
     pub(crate) peers: Peers,
     pub(crate) hub: HubHandle,
     pub(crate) hashes: Arc<CompactionHashes>,
+    pub(crate) rolling_hashes: Arc<RollingHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gauges: Gauges,
@@ -151,6 +156,12 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Engine {
         Engine { parts: Arc::new(parts) }
+    }
+
+    /// The state, for tests that tamper with it.
+    #[cfg(test)]
+    pub(crate) fn state(&self) -> &RwLock<StateMachine> {
+        &self.parts.state
     }
 
     // ---- KV (ranges: in `range`) ----

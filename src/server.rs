@@ -17,6 +17,8 @@
 //! Shutting down goes front to back: leadership is handed over, then no new connections, streams end, calls under way
 //! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+#[cfg(test)]
+mod corruption;
 pub mod discover;
 mod member;
 mod sockets;
@@ -39,8 +41,8 @@ use crate::api::listener;
 use crate::api::peer::max_peer_message_bytes;
 use crate::api::tls::TlsError;
 use crate::client::Client;
-use crate::config::{Config, ConfigErrors};
-use crate::engine::{Engine, PeerFace};
+use crate::config::{Config, ConfigErrors, Gate};
+use crate::engine::{Engine, Inconsistent, PeerFace};
 use crate::error::Error;
 use crate::runtime::fault::Fault;
 use crate::runtime::recover::OpenError;
@@ -65,6 +67,9 @@ pub enum StartError {
     /// The directory for snapshots cannot be used.
     #[error("cannot use the directory for snapshots, member/snap in --data-dir: {0}")]
     Snapshots(std::io::Error),
+    /// The initial corruption check has found a difference.
+    #[error(transparent)]
+    Inconsistent(#[from] Inconsistent),
     /// A URL cannot be listened on.
     #[error(transparent)]
     Listen(std::io::Error),
@@ -117,6 +122,12 @@ impl Server {
         let bound = Bound::bind(&config)?;
         let member = Member::start(&config, peer_connector(&config)?).await?;
         let engine = member.engine.clone();
+        if config.feature_gates.enabled(Gate::InitialCorruptCheck)
+            && let Err(error) = member.check().await
+        {
+            member.stop.finish().await;
+            return Err(error);
+        }
         let peers = match bind_peers(&config) {
             Ok(peers) => peers,
             Err(error) => {

@@ -15,7 +15,8 @@ use crate::net::snapshot::Incoming;
 use crate::net::{Client, Receiver, SnapshotReplies, refusal};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
-    Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, SnapshotChunk,
+    Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, RollingHash,
+    RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
 };
 use crate::raft::Refused;
 use crate::runtime::forwarder::told;
@@ -111,6 +112,12 @@ impl Receiver for PeerFace {
 
     async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
         self.engine.hash_kv(request).await
+    }
+
+    fn rolling_hashes(&self, request: RollingHashesRequest) -> RollingHashesResponse {
+        let hashes = &self.engine.parts.rolling_hashes;
+        let known = |index| hashes.get(index).map(|hash| RollingHash { index, hash });
+        RollingHashesResponse { hashes: request.indexes.into_iter().filter_map(known).collect() }
     }
 
     async fn members(&self) -> Result<MembersResponse, Error> {
