@@ -68,7 +68,8 @@ fn plant(server: &Server) {
 }
 
 /// Gives the key "before", all that there is, another value: as if memory had changed.
-fn tamper(server: &Server) {
+async fn tamper(server: &Server) {
+    server.engine().linearizable_barrier().await.expect("it has a leader");
     let mut state = server.engine().state().write();
     let revision = Revision { main: 2, sub: 0 };
     let kv = KeyValue {
@@ -160,7 +161,7 @@ async fn data_that_changed_in_memory_is_found_by_the_periodic_check() {
     let servers = start(&configs).await;
     put(&servers[0], "before").await.unwrap();
     let bad = (leader(&servers) + 1) % 3;
-    tamper(&servers[bad]);
+    tamper(&servers[bad]).await;
     let id = servers[bad].engine().member_id();
     wait_for_alarm(&servers[(bad + 1) % 3], id).await;
     timeout(PATIENCE, servers[bad].wait_for_failure()).await.expect("it stops");
@@ -179,7 +180,7 @@ async fn compactions_are_compared() {
     let servers = start(&configs).await;
     put(&servers[0], "before").await.unwrap();
     let bad = (leader(&servers) + 1) % 3;
-    tamper(&servers[bad]);
+    tamper(&servers[bad]).await;
     let good = (bad + 1) % 3;
     put(&servers[good], "after").await.unwrap();
     let compaction = CompactionRequest { revision: 3, physical: false };
@@ -210,7 +211,7 @@ async fn a_member_whose_data_differs_does_not_start() {
     let last = Server::start(configs[2].clone()).await.expect("it has what the others have");
     // Those that are asked have something else now.
     for server in &servers {
-        tamper(server);
+        tamper(server).await;
     }
     last.shutdown().await.unwrap();
     let refused = Server::start(configs[2].clone()).await.err().expect("it does not start");
