@@ -27,6 +27,7 @@ use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
 use super::raft_thread::RaftInput;
+use super::rolling_hashes::{At, RollingHashes};
 use super::waiters::{Answer, Waiters};
 use super::watch_hub::Feed;
 use crate::error::Error;
@@ -90,6 +91,8 @@ pub struct ApplyThread {
     pub hashes: HashQueue,
     /// Where cuts go.
     pub checkpointer: Checkpointer,
+    /// Rolling hashes, for comparing members.
+    pub rolling_hashes: Arc<RollingHashes>,
     /// How fast to compact.
     pub pace: CompactionPace,
     /// An apply that takes longer is logged: `--warning-apply-duration`.
@@ -242,6 +245,7 @@ impl ApplyThread {
     fn apply_under_lock(&mut self, decoded: &mut VecDeque<Decoded>, progress: &mut Progress) {
         let mut effects = Effects::default();
         let mut applied = Vec::with_capacity(decoded.len());
+        let mut rolling_hashes = Vec::with_capacity(decoded.len());
         let mut last = Mark::default();
         let began = Instant::now();
 
@@ -252,12 +256,14 @@ impl ApplyThread {
             last = entry;
             let Some(command) = command else {
                 state.apply_empty(entry);
+                rolling_hashes.push(At { index: entry.index, hash: state.rolling_hash() });
                 continue;
             };
             let header = command.header;
             let op = command.request.as_ref().map(Op::from);
             let changes_before = effects.changes.len();
             let outcome = state.apply(entry, command, &mut effects);
+            rolling_hashes.push(At { index: entry.index, hash: state.rolling_hash() });
             let changed = effects.changes.len() - changes_before;
             if is_change {
                 let (index, is_accepted) = (entry.index, outcome.is_ok());
@@ -288,6 +294,7 @@ impl ApplyThread {
         }
         drop(state);
 
+        self.rolling_hashes.extend(&rolling_hashes);
         self.published.set_applied(last.index, last.term);
         self.count(&applied, &effects, last);
         if !effects.changes.is_empty() {

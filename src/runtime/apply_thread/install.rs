@@ -16,6 +16,7 @@ use std::sync::mpsc::SyncSender;
 
 use super::{ApplyThread, Progress};
 use crate::error::Error;
+use crate::runtime::rolling_hashes::At;
 use crate::state::StateMachine;
 
 /// The state to go on with.
@@ -52,6 +53,7 @@ impl ApplyThread {
         self.published.set_size(state.store().size_in_use_bytes());
         self.published.set_learner(state.is_learner());
         self.published.members.send_modify(|changes| *changes += 1);
+        self.rolling_hashes.replace(At { index: applied.index, hash: state.rolling_hash() });
         drop(state);
 
         self.published.set_applied(applied.index, applied.term);
