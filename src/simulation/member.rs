@@ -39,6 +39,7 @@ use crate::runtime::published::Published;
 use crate::runtime::raft_thread::{Outbox, Proposal, RaftInput, RaftParts, RaftThread};
 use crate::runtime::records;
 use crate::runtime::recover;
+use crate::runtime::rolling_hashes::{At, RollingHashes};
 use crate::runtime::space::Shortage;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{HubHandle, WatchConfig, WatchHub};
@@ -196,6 +197,7 @@ impl Life {
         let metrics = METRICS.with(Arc::clone);
         let (fault, shortage) = (Fault::default(), Arc::new(Shortage::default()));
         let durable_revision = state.store().revision();
+        let recovered_hash = At { index: applied.index, hash: state.rolling_hash() };
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         let waiters = Arc::new(Waiters::new(identity.member_id, boot));
@@ -278,6 +280,7 @@ impl Life {
             metrics: Arc::clone(&metrics),
         };
         let apply = ApplyThread {
+            rolling_hashes: Arc::new(RollingHashes::new(recovered_hash)),
             state: Arc::clone(&state),
             tasks: apply_receiver,
             raft: to_raft.clone(),
