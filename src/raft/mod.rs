@@ -517,6 +517,7 @@ impl Node {
     /// is told, raft sends that member nothing else.
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
+        self.raw.mut_store().withdraw_offer(to);
         self.raw.report_snapshot(to, status);
     }
 
