@@ -501,10 +501,17 @@ impl World {
         machine.disk.cut_power(&mut self.random);
         machine.watching = None;
         machine.asleep = None;
-        machine.deferred.clear();
+        // Nor does an image arrive that was on its way to it.
+        let deferred = mem::take(&mut machine.deferred);
         machine.scheduled = [false; 6];
         machine.slowness = 1;
         // Who sent it an image sees the call fail.
+        for event in deferred {
+            if let Event::Packet(Packet::Image { from, boot, .. }) = event {
+                let packet = Packet::ImageSent { to: from, boot, id, is_in_force: false };
+                self.schedule(5 * MS, Event::Packet(packet));
+            }
+        }
         for (from, boot) in senders {
             if let Some(to) = self.member_of(from) {
                 let packet = Packet::ImageSent { to, boot, id, is_in_force: false };
