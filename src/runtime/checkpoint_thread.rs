@@ -37,6 +37,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 pub use self::install::Install;
+pub(crate) use self::install::Installing;
 use super::apply_thread::ApplyTask;
 use super::fault::Fault;
 use super::image::FillError;
@@ -279,13 +280,18 @@ impl CheckpointThread {
     }
 
     fn run_until_stopped(&mut self) -> Result<(), CheckpointError> {
-        let mut waiting: Option<WaitingCut> = None;
+        let mut under_way = UnderWay::default();
         loop {
-            let task = match &waiting {
+            if let Some(installing) = under_way.installing.take()
+                && !self.finish_install(installing)
+            {
+                return Ok(());
+            }
+            let task = match &under_way.cut {
                 None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => self.tasks.recv_timeout(FULL_RETRY),
             };
-            if self.turn(task, &mut waiting)? == Flow::Stop {
+            if self.turn(task, &mut under_way)? == Flow::Stop {
                 return Ok(());
             }
         }
@@ -295,32 +301,31 @@ impl CheckpointThread {
     pub(crate) fn turn(
         &mut self,
         task: Result<CheckpointTask, RecvTimeoutError>,
-        waiting: &mut Option<WaitingCut>,
+        under_way: &mut UnderWay,
     ) -> Result<Flow, CheckpointError> {
         match task {
             Ok(CheckpointTask::Write(cut, reason)) => {
-                *waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
+                under_way.cut = Some(WaitingCut { cut, reason, since: Instant::now() });
             }
             Ok(CheckpointTask::Rewrite(done)) => {
                 let rewritten = self.rewrite_where_there_is_space()?;
                 // Whoever asked may have gone.
                 let _ = done.send(rewritten);
             }
-            Ok(CheckpointTask::Install(install)) => {
-                if !self.install(*install)? {
-                    return Ok(Flow::Stop);
-                }
-            }
+            Ok(CheckpointTask::Install(install)) => match self.begin_install(*install)? {
+                Some(installing) => under_way.installing = Some(installing),
+                None => return Ok(Flow::Stop),
+            },
             // What waits for space is in the log.
             Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => {
                 return Ok(Flow::Stop);
             }
             Err(RecvTimeoutError::Timeout) => {}
         }
-        if let Some(cut) = &waiting
+        if let Some(cut) = &under_way.cut
             && self.write(cut)?
         {
-            *waiting = None;
+            under_way.cut = None;
         }
         Ok(Flow::GoOn)
     }
@@ -523,8 +528,16 @@ pub(crate) enum CheckpointError {
     Install(#[from] FillError),
 }
 
+/// What is not done in one turn.
+#[derive(Default)]
+pub(crate) struct UnderWay {
+    cut: Option<WaitingCut>,
+    /// Nothing else is done before it is.
+    pub(crate) installing: Option<Installing>,
+}
+
 /// A cut on its way to the disk.
-pub(crate) struct WaitingCut {
+struct WaitingCut {
     cut: Box<Cut>,
     reason: CutReason,
     since: Instant,

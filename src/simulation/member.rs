@@ -4,8 +4,9 @@
 //! leases' time, watches) are polled in their order, within a tokio runtime that has the clock:
 //! it is paused and moved by the simulator alone, so that each member has its own time.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
+use std::mem;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,6 +14,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
@@ -21,16 +23,20 @@ use tokio::task::unconstrained;
 use super::disk::{Disk, log_fault};
 use super::random::Random;
 use super::{Failure, Planted};
+use crate::log::Mark;
 use crate::metrics::Metrics;
+use crate::net::snapshot::{Arrived, Image as _};
 use crate::pb::etcdserverpb::ResponseHeader;
+use crate::pb::kvorumpb::SnapshotBegin;
 use crate::raft::{Node, Outgoing, Refused, Role};
 use crate::runtime::apply_thread::{self, ApplyTask, ApplyThread, CompactionPace};
 use crate::runtime::checkpoint_thread::{
-    CheckpointTask, CheckpointThread, Checkpointer, Removed, WaitingCut,
+    CheckpointTask, CheckpointThread, Checkpointer, Removed, UnderWay,
 };
 use crate::runtime::fault::Fault;
 use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
+use crate::runtime::image::Source;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::{LogTask, LogThread};
 use crate::runtime::pins::Pins;
@@ -44,11 +50,10 @@ use crate::runtime::space::Shortage;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{HubHandle, WatchConfig, WatchHub};
 use crate::state::StateMachine;
+use crate::storage::spool::Spools;
 
 /// How often each task is polled in one turn: what one of them does, others wait for.
 const TASK_PASSES: usize = 4;
-/// No snapshots yet: the log is never truncated, and all of it is kept for others.
-const ENTRIES_KEPT: u64 = 1 << 40;
 
 thread_local! {
     /// Nobody looks at them, and making them takes longer than a seed.
@@ -61,6 +66,10 @@ pub(super) struct Timing {
     pub(super) tick: Duration,
     pub(super) election_ticks: usize,
     pub(super) pre_vote: bool,
+    /// A snapshot is made, and the log truncated, after so many entries.
+    pub(super) snapshot_entries: u64,
+    /// So many are kept for members that are behind.
+    pub(super) entries_kept: u64,
 }
 
 /// What members say to each other beside raft's messages: a command for the leader.
@@ -108,11 +117,22 @@ pub(super) struct Life {
 
     checkpoint: CheckpointThread,
     checkpoint_next: Option<CheckpointTask>,
-    waiting: Option<WaitingCut>,
+    under_way: UnderWay,
+    /// What an installation waits for is done.
+    installed: bool,
     pub(super) store_may_fail: bool,
 
     pub(super) sent: Arc<Mutex<Vec<Outgoing>>>,
     pub(super) forwards: Arc<Mutex<Vec<Forward>>>,
+    /// Members that need a snapshot, and from which index on.
+    pub(super) wanted: Arc<Mutex<BTreeMap<u64, u64>>>,
+    /// Images for them.
+    sources: BTreeMap<u64, Source>,
+    images: u64,
+    /// Images of others that are being installed: whose, in which life of theirs.
+    pub(super) installs: Vec<(u64, u64, oneshot::Receiver<()>)>,
+    spools: Spools,
+    pins: Arc<Pins>,
     /// Who forwarded, in which life, and where the refusals arrive.
     pub(super) refusals: Vec<(u64, u64, Refusals)>,
 
@@ -125,15 +145,20 @@ pub(super) struct Life {
     fault: Fault,
 }
 
-struct Post(Arc<Mutex<Vec<Outgoing>>>);
+struct Post {
+    sent: Arc<Mutex<Vec<Outgoing>>>,
+    wanted: Arc<Mutex<BTreeMap<u64, u64>>>,
+}
 
 impl Outbox for Post {
     fn send(&mut self, message: Outgoing) -> bool {
-        self.0.lock().push(message);
+        self.sent.lock().push(message);
         true
     }
 
-    fn make_snapshot(&mut self, _to: u64, _first_index: u64) {}
+    fn make_snapshot(&mut self, to: u64, first_index: u64) {
+        self.wanted.lock().insert(to, first_index);
+    }
 }
 
 struct Forwards(Arc<Mutex<Vec<Forward>>>);
@@ -189,7 +214,7 @@ impl Life {
         start.election_ticks = timing.election_ticks;
         start.pre_vote = timing.pre_vote;
         start.seed = random.next();
-        start.catch_up_entries = ENTRIES_KEPT;
+        start.catch_up_entries = timing.entries_kept;
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let mut node = Node::new(start).map_err(|error| violation(&error))?;
         node.planted.sends_before_fsync = planted == Planted::SendsBeforeFsync;
@@ -211,8 +236,9 @@ impl Life {
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
         let to_checkpoint = checkpoint_sender.clone();
         let busy = Arc::new(AtomicBool::new(false));
-        let (sent, forwards) = (Arc::default(), Arc::default());
+        let (sent, forwards, wanted) = (Arc::default(), Arc::default(), Arc::default());
 
+        let spools = Spools::open(None).map_err(|error| violation(&error))?;
         let header = {
             let published = Arc::clone(&published);
             Arc::new(move |revision| ResponseHeader {
@@ -247,7 +273,7 @@ impl Life {
             checkpoint_sender,
             Arc::clone(&busy),
             Arc::clone(&shortage),
-            ENTRIES_KEPT,
+            timing.snapshot_entries,
             applied.index,
             applied.index,
         );
@@ -267,7 +293,7 @@ impl Life {
             directory: None,
             reopen: false,
             removed: Removed::default(),
-            catch_up_entries: ENTRIES_KEPT,
+            catch_up_entries: timing.entries_kept,
             snapshots: VecDeque::new(),
             fault: fault.clone(),
             metrics: Arc::clone(&metrics),
@@ -288,7 +314,7 @@ impl Life {
             waiters: Arc::clone(&waiters),
             feed,
             leases: Arc::clone(&leases),
-            pins,
+            pins: Arc::clone(&pins),
             recovered_index,
             hashes,
             checkpointer,
@@ -303,7 +329,7 @@ impl Life {
         let parts = RaftParts {
             node,
             mailbox: raft_mailbox,
-            outbox: Box::new(Post(Arc::clone(&sent))),
+            outbox: Box::new(Post { sent: Arc::clone(&sent), wanted: Arc::clone(&wanted) }),
             log: log_sender,
             apply: apply_sender,
             checkpoint: to_checkpoint,
@@ -349,10 +375,17 @@ impl Life {
             committed,
             checkpoint,
             checkpoint_next: None,
-            waiting: None,
+            under_way: UnderWay::default(),
+            installed: false,
             store_may_fail,
             sent,
             forwards,
+            wanted,
+            sources: BTreeMap::new(),
+            images: 0,
+            installs: Vec::new(),
+            spools,
+            pins,
             refusals: Vec::new(),
             state,
             published,
@@ -420,6 +453,12 @@ impl Life {
     }
 
     pub(super) fn checkpoint_has_work(&mut self) -> bool {
+        if let Some(installing) = &self.under_way.installing {
+            // It waits for another, and nothing else is done before.
+            let installed = installing.wait.try_recv() == Ok(());
+            self.installed |= installed;
+            return self.installed;
+        }
         if self.checkpoint_next.is_none() {
             self.checkpoint_next = self.checkpoint.tasks.try_recv().ok();
         }
@@ -433,6 +472,49 @@ impl Life {
 
     pub(super) fn hand_to_apply(&self, task: ApplyTask) {
         let _ = self.apply_tasks.send(task);
+    }
+
+    /// Makes the images that raft wants, and tells it.
+    pub(super) fn make_images(&mut self) {
+        for (to, first_index) in mem::take(&mut *self.wanted.lock()) {
+            if self.sources.get(&to).is_some_and(|source| source.index() >= first_index) {
+                continue;
+            }
+            self.images += 1;
+            let source = Source::new(self.boot ^ self.images, &self.state, &self.pins);
+            let mark = Mark { index: source.index(), term: source.term() };
+            let configuration = source.configuration();
+            self.sources.insert(to, source);
+            let _ = self.to_raft.send(RaftInput::SnapshotMade { to, mark, configuration });
+        }
+    }
+
+    /// All of the image that goes with raft's message for a member.
+    pub(super) fn image(&mut self, to: u64, mark: Mark) -> Option<(u64, Vec<Bytes>)> {
+        let mut source = self.sources.remove(&to).filter(|source| source.index() == mark.index)?;
+        let mut chunks = Vec::new();
+        while let Some(chunk) = source.next_chunk().ok()? {
+            chunks.push(chunk);
+        }
+        Some((source.id(), chunks))
+    }
+
+    /// An image has arrived; `false` when it is not taken.
+    pub(super) fn receive_image(
+        &mut self,
+        from: (u64, u64),
+        begin: SnapshotBegin,
+        chunks: Vec<Bytes>,
+    ) -> bool {
+        let Ok(Some(mut spool)) = self.spools.begin() else { return false };
+        let is_whole = chunks.into_iter().all(|chunk| spool.append(chunk).is_ok());
+        if !is_whole || spool.verify().is_err() {
+            return false;
+        }
+        let (done, receiver) = oneshot::channel();
+        self.installs.push((from.0, from.1, receiver));
+        let _ = self.to_raft.send(RaftInput::Snapshot(Arrived { spool, begin, done }));
+        true
     }
 
     pub(super) fn raft_turn(&mut self, now_us: u64) -> Result<(), Failure> {
@@ -465,8 +547,16 @@ impl Life {
     pub(super) fn checkpoint_turn(&mut self, now_us: u64) -> Result<(), Failure> {
         self.advance(now_us);
         let _context = self.runtime.enter();
+        if let Some(installing) = self.under_way.installing.take() {
+            if mem::take(&mut self.installed) {
+                self.under_way.installing = self.checkpoint.go_on_installing(installing);
+            } else {
+                self.under_way.installing = Some(installing);
+            }
+            return Ok(());
+        }
         let task = self.checkpoint_next.take().ok_or(RecvTimeoutError::Timeout);
-        let turn = self.checkpoint.turn(task, &mut self.waiting);
+        let turn = self.checkpoint.turn(task, &mut self.under_way);
         turn.map(drop).map_err(|error| Failure::of_disk(self.store_may_fail, &error))
     }
 
