@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
@@ -48,6 +48,9 @@ use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
+
+/// A member that could not publish itself tries again after this.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(50);
 
 /// A member without its sockets.
 pub(super) struct Member {
@@ -294,7 +297,8 @@ impl Member {
         Ok(Member { engine, face, published, fault, stop })
     }
 
-    /// Waits until the member has a leader and has told the cluster who it is.
+    /// Waits until the member has a leader and has told the cluster who it is, however long
+    /// that takes: who begins with a snapshot does not hear what became of its command.
     pub(super) async fn ready(
         &self,
         config: &Config,
@@ -306,7 +310,24 @@ impl Member {
             _ = leader => {}
             fatal = self.fault.wait() => return Err(fatal.into()),
         }
-        self.engine.publish(config.name.clone(), client_urls).await.map_err(StartError::Publish)
+        loop {
+            match self.engine.publish(config.name.clone(), client_urls.clone()).await {
+                Ok(()) => return Ok(()),
+                Err(
+                    error @ (Error::Timeout
+                    | Error::TimeoutLeaderFail
+                    | Error::DeadlineExceeded
+                    | Error::TooManyRequests),
+                ) => {
+                    tracing::warn!(%error, "failed to publish the member; trying again");
+                    tokio::time::sleep(PUBLISH_PAUSE).await;
+                }
+                Err(error) => {
+                    let fatal = self.fault.get().map(StartError::from);
+                    return Err(fatal.unwrap_or(StartError::Publish(error)));
+                }
+            }
+        }
     }
 }
 
@@ -323,7 +344,7 @@ fn peers(
         let (id, is_broken) = match event {
             PeerEvent::Broken(id) => (id, true),
             PeerEvent::Unreachable(id) => (id, false),
-            PeerEvent::Removed => return fault.raise("membership", Error::MemberRemoved),
+            PeerEvent::Removed => return fault.raise_removal(),
         };
         // A member that stops has no use for it.
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });
@@ -470,8 +491,6 @@ fn retention(config: &Config) -> Option<Retention> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
