@@ -31,7 +31,7 @@ impl Engine {
                     role.map_err(|_| Error::Stopped)?.leader
                 }
                 _ = stopped.wait_for(|stopped| *stopped) => return Err(Error::Stopped),
-                () = tokio::time::sleep_until(deadline.into()) => return Err(Error::Timeout),
+                () = tokio::time::sleep_until(deadline.into()) => return Err(Error::NoLeader),
             };
             let asked = async {
                 if leader == self.parts.member_id {

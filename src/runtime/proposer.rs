@@ -104,6 +104,8 @@ impl Proposer {
         loop {
             let role = match self.wait_for_leader(deadline).await {
                 Err(Error::Timeout) if unlucky => return Err(Error::TimeoutLeaderFail),
+                // Etcd's raft takes no proposal without a leader, and tells its own deadline.
+                Err(Error::Timeout) => return Err(Error::DeadlineExceeded),
                 role => role?,
             };
             let header = self.waiters.next_header();

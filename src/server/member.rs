@@ -326,7 +326,8 @@ impl Member {
         Ok(self.engine.check_initially().await?)
     }
 
-    /// Waits until the member has a leader and has told the cluster who it is.
+    /// Waits until the member has a leader and has told the cluster who it is, however long
+    /// that takes: who begins with a snapshot does not hear what became of its command.
     pub(super) async fn ready(
         &self,
         config: &Config,
@@ -368,7 +369,7 @@ fn peers(
         let (id, is_broken) = match event {
             PeerEvent::Broken(id) => (id, true),
             PeerEvent::Unreachable(id) => (id, false),
-            PeerEvent::Removed => return fault.raise("membership", Error::MemberRemoved),
+            PeerEvent::Removed => return fault.raise_removal(),
         };
         // A member that stops has no use for it.
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });

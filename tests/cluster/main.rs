@@ -7,6 +7,7 @@
 #![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
 
+mod behind;
 #[path = "../common/mod.rs"]
 mod common;
 mod every_member;
