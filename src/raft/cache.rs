@@ -72,6 +72,11 @@ impl LogCache {
         self.offers.insert(to, (mark, conf_state(configuration)));
     }
 
+    /// The snapshot was sent, or is not there any more: another needs an offer of its own.
+    pub(super) fn withdraw_offer(&mut self, to: u64) {
+        self.offers.remove(&to);
+    }
+
     /// Members that raft wanted to send a snapshot, and had none to send.
     pub(super) fn take_wanted(&mut self) -> Vec<u64> {
         std::mem::take(self.wanted.get_mut()).into_iter().collect()
