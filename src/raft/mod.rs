@@ -514,7 +514,7 @@ impl Node {
     }
 
     /// What became of a snapshot that was sent: whether it is in force over there. Until it
-    /// is told, raft sends that member nothing else.
+    /// is told, raft sends that member nothing else; from then on the offer does not hold.
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
         self.raw.mut_store().withdraw_offer(to);

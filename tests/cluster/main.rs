@@ -13,4 +13,6 @@ mod common;
 mod every_member;
 mod faults;
 mod membership;
+mod restarts;
 mod rig;
+mod watched;
