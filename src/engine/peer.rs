@@ -1,22 +1,26 @@
 //! What this member does for others: the calls of its peers, and its calls to the leader.
 
+use std::pin::Pin;
 use std::sync::mpsc::Sender;
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::oneshot;
+use tokio_stream::Stream;
 use tonic::{Response, Status, Streaming};
 
 use super::Engine;
 use crate::error::Error;
+use crate::metrics::PeerMetrics;
 use crate::net::identity::Identity;
 use crate::net::snapshot::Incoming;
 use crate::net::{Client, Receiver, SnapshotReplies, refusal};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
     Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, RollingHash,
-    RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
+    RollingHashesRequest, RollingHashesResponse, SnapshotChunk, SnapshotProgress,
 };
 use crate::raft::Refused;
 use crate::runtime::forwarder::told;
@@ -57,8 +61,11 @@ impl Receiver for PeerFace {
         }
     }
 
-    fn snapshot(&self, _from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
-        Box::pin(self.snapshots.receive(chunks))
+    fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
+        let replies = Box::pin(self.snapshots.receive(chunks));
+        let metrics = self.engine.parts.peers.metrics(from);
+        metrics.snapshot_receive_inflights.inc();
+        Box::pin(Counted { replies, metrics, began: Instant::now(), is_done: false })
     }
 
     async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {
@@ -124,6 +131,36 @@ impl Receiver for PeerFace {
         let parts = &self.engine.parts;
         let members = parts.state.read().members().records();
         Ok(MembersResponse { cluster_id: parts.cluster_id, members })
+    }
+}
+
+/// What the sender of a snapshot is told; counts how it ends.
+struct Counted {
+    replies: SnapshotReplies,
+    metrics: PeerMetrics,
+    began: Instant,
+    is_done: bool,
+}
+
+impl Stream for Counted {
+    type Item = Result<SnapshotProgress, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let next = ready!(self.replies.as_mut().poll_next(context));
+        self.is_done |= matches!(&next, Some(Ok(progress)) if progress.done);
+        Poll::Ready(next)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.metrics.snapshot_receive_inflights.dec();
+        if self.is_done {
+            self.metrics.snapshot_receive_success.inc();
+            self.metrics.snapshot_receive_seconds.observe(self.began.elapsed().as_secs_f64());
+        } else {
+            self.metrics.snapshot_receive_failures.inc();
+        }
     }
 }
 

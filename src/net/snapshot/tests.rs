@@ -106,7 +106,7 @@ impl Service<http::Request<tonic::body::Body>> for Direct {
 fn receiver(dir: Option<&Path>) -> (Incoming, mpsc::UnboundedReceiver<Arrived>) {
     let (sender, arrived) = mpsc::unbounded_channel();
     let deliver = move |image| drop(sender.send(image));
-    (Incoming::open(dir, Arc::new(deliver)).expect("opened"), arrived)
+    (Incoming::open(dir, Arc::new(|_| true), Arc::new(deliver)).expect("opened"), arrived)
 }
 
 async fn send_to(incoming: &Incoming, image: &mut Made) -> Result<(), SendError> {

@@ -3,6 +3,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
@@ -20,6 +21,7 @@ use crate::runtime::log_thread::LogThread;
 use crate::runtime::published::Published;
 use crate::runtime::records;
 use crate::runtime::recover::{self, Bootstrap, Place, Recovery};
+use crate::runtime::timing::SyncTimes;
 use crate::state::Effects;
 use crate::state::members::{Members, member_id};
 use crate::storage::spool::Spools;
@@ -111,8 +113,15 @@ impl Bench {
         let state = Arc::new(RwLock::new(state));
         let (raft, persisted) = mpsc::channel();
         let (log_sender, tasks) = mpsc::channel();
-        let log_thread =
-            LogThread { log, tasks, raft, fault: Fault::default(), metrics: Arc::clone(&metrics) };
+        let log_thread = LogThread {
+            log,
+            tasks,
+            raft,
+            fault: Fault::default(),
+            sync_times: SyncTimes::new(Duration::from_secs(1), Duration::from_secs(10)),
+            has_peers: Box::new(|| false),
+            metrics: Arc::clone(&metrics),
+        };
         let (apply_sender, apply_tasks) = mpsc::channel();
         let apply = (works != Works::Nothing).then(|| {
             let state = Arc::clone(&state);
