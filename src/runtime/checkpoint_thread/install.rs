@@ -54,9 +54,18 @@ impl CheckpointThread {
     pub(super) fn install(&mut self, install: Install) -> Result<bool, CheckpointError> {
         let Install { mut spool, mark, hard_state, number, done } = install;
         let Some((next, state)) = self.fill_next(&mut spool, mark)? else { return Ok(false) };
+        while let Err(error) = self.generations.switch() {
+            if !error.is_full() {
+                return Err(error.into());
+            }
+            if !self.wait_for_room(&spool) {
+                return Ok(false);
+            }
+        }
         drop(spool);
-
-        self.generations.switch()?;
+        if self.shortage.set_checkpoint_waits(false) {
+            tracing::info!("the disk has space for the snapshot");
+        }
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
         // Closes the one before, and then its space can go.
         self.storage = Some(next);
@@ -108,9 +117,6 @@ impl CheckpointThread {
                 return Ok(None);
             }
         };
-        if self.shortage.set_checkpoint_waits(false) {
-            tracing::info!("the disk has space for the snapshot");
-        }
         let (next, restored) = match filled {
             Ok(filled) => filled,
             Err(FillError::Stopped) => return Ok(None),
