@@ -1,4 +1,5 @@
-//! Members whose states differ: who is named, who stops, who refuses to start.
+//! Members that differ: in their states, who is named, who stops, who refuses to start; and in their
+//! quotas.
 
 use std::time::Duration;
 
@@ -217,4 +218,23 @@ async fn a_member_whose_data_differs_does_not_start() {
     let refused = Server::start(configs[2].clone()).await.err().expect("it does not start");
     assert!(matches!(refused, StartError::Inconsistent(_)), "{refused}");
     assert!(refused.to_string().contains(" found data inconsistency with peers"), "{refused}");
+}
+
+/// Each member judges what it is asked for by its own quota; the alarm is everybody's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_that_one_member_has_reached_refuses_writes_at_all() {
+    let mut configs = configs(3);
+    configs[1].quota_backend_bytes = 600;
+    let servers = start(&configs).await;
+    put(&servers[0], "by another").await.expect("it has room");
+    let request =
+        PutRequest { key: "k".into(), value: vec![0; 1000].into(), ..PutRequest::default() };
+    let refused = servers[1].engine().put(request).await;
+    assert_eq!(refused.err(), Some(Error::NoSpace));
+    for server in &servers {
+        assert_eq!(put(server, "refused").await, Err(Error::NoSpace));
+    }
+    for server in servers {
+        server.shutdown().await.expect("stopped");
+    }
 }
