@@ -23,6 +23,8 @@
 //! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
 //! the write: it may still happen.
 
+mod corrupt;
+mod divergence;
 mod leader;
 mod members;
 mod range;
@@ -49,11 +51,13 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
+use crate::runtime::rolling_hashes::RollingHashes;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
+pub use corrupt::Inconsistent;
 
 /// A writer that is ahead of the checkpoint looks again after this.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
@@ -123,6 +127,7 @@ pub(crate) struct Parts {
     pub(crate) peers: Peers,
     pub(crate) hub: HubHandle,
     pub(crate) hashes: Arc<CompactionHashes>,
+    pub(crate) rolling_hashes: Arc<RollingHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gauges: Gauges,
@@ -150,6 +155,12 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Engine {
         Engine { parts: Arc::new(parts) }
+    }
+
+    /// The state, for tests that tamper with it.
+    #[cfg(test)]
+    pub(crate) fn state(&self) -> &RwLock<StateMachine> {
+        &self.parts.state
     }
 
     // ---- KV (ranges: in `range`) ----
@@ -399,6 +410,11 @@ impl Engine {
     /// All members, as they are recorded.
     pub(crate) fn member_records(&self) -> Vec<MemberRecord> {
         self.parts.state.read().members().records()
+    }
+
+    /// The rolling hash of everything applied up to an index, if it is remembered.
+    pub(crate) fn rolling_hash(&self, index: u64) -> Option<u64> {
+        self.parts.rolling_hashes.get(index)
     }
 
     /// Whether a member of this id was removed.

@@ -14,9 +14,11 @@
 //! Nothing here is process-global, and nothing exits or panics the process: what a
 //! server cannot survive ends that server, and [`Server::wait_for_failure`] says why.
 //!
-//! Shutting down goes front to back: leadership is handed over, then no new connections, streams end, calls under way
-//! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
+//! Shutting down goes front to back: leadership is handed over; no new connections, streams end,
+//! calls under way get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+#[cfg(test)]
+mod corruption;
 pub mod discover;
 mod face;
 mod member;
@@ -41,8 +43,8 @@ use crate::api::listener;
 use crate::api::peer::max_peer_message_bytes;
 use crate::api::tls::TlsError;
 use crate::client::Client;
-use crate::config::{Config, ConfigErrors};
-use crate::engine::Engine;
+use crate::config::{Config, ConfigErrors, Gate};
+use crate::engine::{Engine, Inconsistent};
 use crate::error::Error;
 use crate::runtime::fault::Fault;
 use crate::runtime::recover::OpenError;
@@ -67,6 +69,9 @@ pub enum StartError {
     /// The directory for snapshots cannot be used.
     #[error("cannot use the directory for snapshots, member/snap in --data-dir: {0}")]
     Snapshots(std::io::Error),
+    /// The initial corruption check has found a difference.
+    #[error(transparent)]
+    Inconsistent(#[from] Inconsistent),
     /// A URL cannot be listened on.
     #[error(transparent)]
     Listen(std::io::Error),
@@ -119,6 +124,12 @@ impl Server {
         let bound = Bound::bind(&config)?;
         let member = Member::start(&config, peer_connector(&config)?).await?;
         let engine = member.engine.clone();
+        if config.feature_gates.enabled(Gate::InitialCorruptCheck)
+            && let Err(error) = member.check().await
+        {
+            member.stop.finish().await;
+            return Err(error);
+        }
         let peers = match bind_peers(&config) {
             Ok(peers) => peers,
             Err(error) => {

@@ -13,7 +13,7 @@ use sources::{Source, library};
 /// From the top down. A room may name those on lower levels, none on its own.
 const LEVELS: &[&[&str]] = &[
     &["main", "logging", "memory", "systemd"],
-    &["server"],
+    &["server", "simulation"],
     &["api", "client"],
     &["engine"],
     &["runtime"],

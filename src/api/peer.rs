@@ -48,7 +48,7 @@ use crate::pb::etcdserverpb::{
 use crate::pb::kvorumpb::peer_server::{self, PeerServer};
 use crate::pb::kvorumpb::{
     MembersRequest, MembersResponse, ProposeRequest, ProposeResponse, RaftMessages,
-    RaftMessagesReply, SnapshotChunk,
+    RaftMessagesReply, RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
 };
 
 /// Room in a message for what raft puts around an entry, and for several small ones, in bytes.
@@ -296,6 +296,14 @@ impl peer_server::Peer for Peer {
     ) -> Result<Response<HashKvResponse>, Status> {
         self.caller(&request)?;
         answer(self.receiver.hash_kv(request.into_inner()).await)
+    }
+
+    async fn rolling_hashes(
+        &self,
+        request: Request<RollingHashesRequest>,
+    ) -> Result<Response<RollingHashesResponse>, Status> {
+        self.caller(&request)?;
+        Ok(Response::new(self.receiver.rolling_hashes(request.into_inner())))
     }
 
     async fn members(

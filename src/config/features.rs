@@ -82,7 +82,8 @@ impl Gate {
     /// Why switching it changes nothing here; `None` of those that do.
     pub(super) fn idle(self) -> Option<&'static str> {
         match self {
-            Gate::AllAlpha | Gate::AllBeta | Gate::InitialCorruptCheck => None,
+            Gate::AllAlpha | Gate::AllBeta => None,
+            Gate::CompactHashCheck | Gate::InitialCorruptCheck => None,
             _ => Some("what the gate switches in etcd is always on here, or does not exist"),
         }
     }

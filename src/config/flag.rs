@@ -480,9 +480,9 @@ flags! {
     Features {
         /// Time between two comparisons of all data with the peers; 0 means never.
         "corrupt-check-time" corrupt_check_time: Duration = Duration::ZERO, Same, Works;
-        /// Time between two comparisons of compacted data with the peers.
-        "compact-hash-check-time" compact_hash_check_time: Duration = secs(60), Same,
-            Nothing("hashes of compactions are not compared; --corrupt-check-time compares all data");
+        /// Time between two comparisons of compacted data with the peers, if the feature gate
+        /// CompactHashCheck is on.
+        "compact-hash-check-time" compact_hash_check_time: Duration = secs(60), Same, Works;
         /// Revisions removed in one step of a compaction; 0 means 1000.
         "compaction-batch-limit" compaction_batch_limit: u64 = 0, Same, Works;
         /// Pause between two steps of a compaction; 0 means 10ms.

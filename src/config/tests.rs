@@ -1189,10 +1189,7 @@ fn gates_without_effect_are_reported_when_they_are_switched() {
     for (gates, expected) in [
         ("InitialCorruptCheck=true", &[][..]),
         ("CompactHashCheck=false,FastLeaseKeepAlive=true", &[]),
-        (
-            "CompactHashCheck=true,FastLeaseKeepAlive=false",
-            &["CompactHashCheck=true", "FastLeaseKeepAlive=false"],
-        ),
+        ("CompactHashCheck=true,FastLeaseKeepAlive=false", &["FastLeaseKeepAlive=false"]),
         ("AllBeta=false", &["FastLeaseKeepAlive=false", "TxnModeWriteWithSharedBuffer=false"]),
     ] {
         let warnings = config(&[&format!("--feature-gates={gates}")]).validate().unwrap();

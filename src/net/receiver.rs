@@ -13,7 +13,8 @@ use crate::pb::etcdserverpb::{
     LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, MemberPromoteRequest, MemberPromoteResponse,
 };
 use crate::pb::kvorumpb::{
-    MembersResponse, ProposeRequest, ProposeResponse, SnapshotChunk, SnapshotProgress,
+    MembersResponse, ProposeRequest, ProposeResponse, RollingHashesRequest, RollingHashesResponse,
+    SnapshotChunk, SnapshotProgress,
 };
 
 /// How a snapshot is coming along, told while it arrives.
@@ -54,6 +55,8 @@ pub trait Receiver: Send + Sync + 'static {
     ) -> Result<MemberPromoteResponse, Error>;
     /// This member's hash of the keys.
     async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error>;
+    /// How this member's state came to be, up to those of these indexes that it remembers.
+    fn rolling_hashes(&self, request: RollingHashesRequest) -> RollingHashesResponse;
     /// The cluster and its members, as this member knows them.
     async fn members(&self) -> Result<MembersResponse, Error>;
 }

@@ -158,6 +158,9 @@ pub struct CheckpointHead {
     /// that is replaced by an empty one that begins there.
     #[prost(bool, tag = "10")]
     pub installed: bool,
+    /// How the state came to be up to applied_index: equal on all members that are there.
+    #[prost(fixed64, tag = "11")]
+    pub rolling_hash: u64,
 }
 /// Some of raft's messages, each in raft's own encoding.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -293,6 +296,24 @@ pub mod refusal {
             }
         }
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RollingHashesRequest {
+    #[prost(uint64, repeated, tag = "1")]
+    pub indexes: ::prost::alloc::vec::Vec<u64>,
+}
+/// Those of the indexes that were asked for which the member has applied and still knows.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RollingHashesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub hashes: ::prost::alloc::vec::Vec<RollingHash>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RollingHash {
+    #[prost(uint64, tag = "1")]
+    pub index: u64,
+    #[prost(fixed64, tag = "2")]
+    pub hash: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MembersRequest {}
@@ -563,6 +584,31 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "HashKV"));
             self.inner.unary(req, path, codec).await
         }
+        /// How this member's state came to be, up to some indexes of the log.
+        pub async fn rolling_hashes(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RollingHashesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RollingHashesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvorumpb.Peer/RollingHashes",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvorumpb.Peer", "RollingHashes"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Who belongs to the cluster, for one that is about to join.
         pub async fn members(
             &mut self,
@@ -657,6 +703,14 @@ pub mod peer_server {
             request: tonic::Request<super::super::etcdserverpb::HashKvRequest>,
         ) -> std::result::Result<
             tonic::Response<super::super::etcdserverpb::HashKvResponse>,
+            tonic::Status,
+        >;
+        /// How this member's state came to be, up to some indexes of the log.
+        async fn rolling_hashes(
+            &self,
+            request: tonic::Request<super::RollingHashesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RollingHashesResponse>,
             tonic::Status,
         >;
         /// Who belongs to the cluster, for one that is about to join.
@@ -1053,6 +1107,51 @@ pub mod peer_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = HashKVSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvorumpb.Peer/RollingHashes" => {
+                    #[allow(non_camel_case_types)]
+                    struct RollingHashesSvc<T: Peer>(pub Arc<T>);
+                    impl<
+                        T: Peer,
+                    > tonic::server::UnaryService<super::RollingHashesRequest>
+                    for RollingHashesSvc<T> {
+                        type Response = super::RollingHashesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RollingHashesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::rolling_hashes(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RollingHashesSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

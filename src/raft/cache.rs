@@ -72,7 +72,8 @@ impl LogCache {
         self.offers.insert(to, (mark, conf_state(configuration)));
     }
 
-    /// The snapshot was sent, or is not there any more: another needs an offer of its own.
+    /// The image that was offered for a member was sent: for another attempt there has to be
+    /// another offer.
     pub(super) fn withdraw_offer(&mut self, to: u64) {
         self.offers.remove(&to);
     }

@@ -73,6 +73,11 @@ impl CompactionHashes {
         settled.done.get(&revision).copied()
     }
 
+    /// All that are kept, the newest first.
+    pub fn newest_first(&self) -> Vec<KeyValueHash> {
+        self.kept.borrow().done.values().rev().copied().collect()
+    }
+
     fn keep(&self, hash: KeyValueHash) {
         self.kept.send_modify(|kept| {
             kept.done.insert(hash.revision, hash);
@@ -221,5 +226,7 @@ mod tests {
         }
         assert_eq!(hashes.get(10).await, None);
         assert_eq!(hashes.get(11).await, Some(hash(11)));
+        let kept: Vec<i64> = hashes.newest_first().iter().map(|kept| kept.revision).collect();
+        assert_eq!(kept, [20, 19, 18, 17, 16, 15, 14, 13, 12, 11]);
     }
 }

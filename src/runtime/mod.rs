@@ -39,6 +39,7 @@ pub mod published;
 pub mod raft_thread;
 pub mod records;
 pub mod recover;
+pub mod rolling_hashes;
 pub mod roster;
 pub mod space;
 pub mod timing;

@@ -460,7 +460,10 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
 }
 
 /// The state of a new member: of a cluster that begins, or of one that it joins.
-fn first_state(bootstrap: &Bootstrap, data_dir: &Path) -> Result<StateMachine, OpenError> {
+pub(crate) fn first_state(
+    bootstrap: &Bootstrap,
+    data_dir: &Path,
+) -> Result<StateMachine, OpenError> {
     let version = bootstrap.cluster_version.clone();
     let initial = &bootstrap.initial_cluster;
     if bootstrap.joins {
@@ -516,11 +519,11 @@ fn begin_log(
     Ok(())
 }
 
-fn identity(state: &StateMachine) -> Identity {
+pub(crate) fn identity(state: &StateMachine) -> Identity {
     Identity { cluster_id: state.members().cluster_id(), member_id: state.member_id() }
 }
 
-fn start(state: &StateMachine, recovered: Recovered) -> Start {
+pub(crate) fn start(state: &StateMachine, recovered: Recovered) -> Start {
     // Nobody, of one that is yet to be sent the state: with others, it might vote or campaign
     // as if it knew who they are.
     let (voters, learners) = state.configuration_members();

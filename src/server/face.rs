@@ -14,7 +14,8 @@ use crate::net::snapshot::Incoming;
 use crate::net::{Receiver, SnapshotReplies};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
-    Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, SnapshotChunk,
+    Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, RollingHash,
+    RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
 };
 use crate::raft::Refused;
 use crate::runtime::forwarder::told;
@@ -107,6 +108,14 @@ impl Receiver for PeerFace {
 
     async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
         self.engine.hash_kv(request).await
+    }
+
+    fn rolling_hashes(&self, request: RollingHashesRequest) -> RollingHashesResponse {
+        let known = |index| {
+            let hash = self.engine.rolling_hash(index)?;
+            Some(RollingHash { index, hash })
+        };
+        RollingHashesResponse { hashes: request.indexes.into_iter().filter_map(known).collect() }
     }
 
     async fn members(&self) -> Result<MembersResponse, Error> {

@@ -43,14 +43,15 @@ use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::raft_thread::{RaftInput, RaftParts, RaftThread};
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
+use crate::runtime::rolling_hashes::{At, RollingHashes};
 use crate::runtime::roster::Roster;
 use crate::runtime::space::{Shortage, Space};
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
 
-/// A member that could not publish itself tries again after this.
-const PUBLISH_PAUSE: Duration = Duration::from_millis(50);
+/// A member that could not tell the cluster who it is tries again after this.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 
 /// A member without its sockets.
 pub(super) struct Member {
@@ -58,6 +59,8 @@ pub(super) struct Member {
     /// What peers call.
     pub(super) face: Arc<PeerFace>,
     published: Arc<Published>,
+    /// What was known to be committed before the start.
+    recovered_commit: u64,
     pub(super) fault: Fault,
     pub(super) stop: Stop,
 }
@@ -81,6 +84,7 @@ impl Member {
         let snapshot_index = applied.index.min(start.start.index.saturating_add(catch_up));
         let snapshots = places_to_truncate(&start, applied, catch_up);
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
+        let recovered_commit = start.hard_state.commit;
         let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
         metrics.kvorum_raft_log_first_index.set(first_index);
         tell_settings(&metrics, config, &limits);
@@ -90,6 +94,8 @@ impl Member {
         let fault = Fault::default();
         let shortage = Arc::new(Shortage::default());
         let durable_revision = state.store().revision();
+        let recovered_hash = At { index: applied.index, hash: state.rolling_hash() };
+        let rolling_hashes = Arc::new(RollingHashes::new(recovered_hash));
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_in_use_bytes());
@@ -154,6 +160,7 @@ impl Member {
             peers: peers.clone(),
             hub: hub_handle.clone(),
             hashes,
+            rolling_hashes: Arc::clone(&rolling_hashes),
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             gauges: Gauges {
@@ -232,6 +239,7 @@ impl Member {
             recovered_index,
             hashes: hash_queue,
             checkpointer,
+            rolling_hashes,
             pace: CompactionPace {
                 keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
                 pause: config.compaction_sleep(),
@@ -283,6 +291,15 @@ impl Member {
         let mut tasks =
             vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
         tasks.extend([tokio::spawn(forwarding.run()), tokio::spawn(roster.follow())]);
+        tasks.push(tokio::spawn(engine.clone().compare_states()));
+        if !config.corrupt_check_time.is_zero() {
+            let check = engine.clone().check_periodically(config.corrupt_check_time);
+            tasks.push(tokio::spawn(check));
+        }
+        if config.feature_gates.enabled(Gate::CompactHashCheck) {
+            let check = engine.clone().check_compactions(config.compact_hash_check_time);
+            tasks.push(tokio::spawn(check));
+        }
         if let Some(retention) = retention(config) {
             tasks.push(tokio::spawn(compactor.run(retention)));
         }
@@ -294,7 +311,19 @@ impl Member {
         let end =
             end_on_fault(fault.clone(), waiters, hub_handle, raft_sender, stop.signal.clone());
         tokio::spawn(end);
-        Ok(Member { engine, face, published, fault, stop })
+        Ok(Member { engine, face, published, recovered_commit, fault, stop })
+    }
+
+    /// The initial corruption check: compares what this member has on disk with its peers' data.
+    pub(super) async fn check(&self) -> Result<(), StartError> {
+        let mut applied = self.published.applied.subscribe();
+        // From the checkpoint on; nobody else is needed for that.
+        let recovered = applied.wait_for(|applied| *applied >= self.recovered_commit);
+        tokio::select! {
+            _ = recovered => {}
+            fatal = self.fault.wait() => return Err(fatal.into()),
+        }
+        Ok(self.engine.check_initially().await?)
     }
 
     /// Waits until the member has a leader and has told the cluster who it is, however long
@@ -311,20 +340,16 @@ impl Member {
             fatal = self.fault.wait() => return Err(fatal.into()),
         }
         loop {
-            match self.engine.publish(config.name.clone(), client_urls.clone()).await {
+            let published = self.engine.publish(config.name.clone(), client_urls.clone()).await;
+            match published {
                 Ok(()) => return Ok(()),
-                Err(
-                    error @ (Error::Timeout
-                    | Error::TimeoutLeaderFail
-                    | Error::DeadlineExceeded
-                    | Error::TooManyRequests),
-                ) => {
+                Err(error) if self.fault.get().is_none() && error != Error::Stopped => {
+                    // etcd tries for as long as it takes: the others may be starting, too.
                     tracing::warn!(%error, "failed to publish the member; trying again");
                     tokio::time::sleep(PUBLISH_PAUSE).await;
                 }
                 Err(error) => {
-                    let fatal = self.fault.get().map(StartError::from);
-                    return Err(fatal.unwrap_or(StartError::Publish(error)));
+                    return Err(self.fault.get().map_or(StartError::Publish(error), Into::into));
                 }
             }
         }

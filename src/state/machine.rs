@@ -16,6 +16,7 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::members::Members;
+use super::rolling::RollingHash;
 use super::txn;
 use crate::error::Error;
 use crate::lease::{Lease, Lessor};
@@ -96,6 +97,12 @@ pub struct Effects {
     pub members_changed: bool,
 }
 
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: what a leader of an earlier term decided is carried out.
+    pub(crate) static TRUSTS_STALE_LEADERS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 /// What changed since the last cut, for the checkpoint.
 #[derive(Debug, Default)]
 pub struct Dirty {
@@ -170,6 +177,7 @@ pub struct StateMachine {
     cluster_version: String,
     alarms: BTreeSet<(u64, i32)>,
     applied: Mark,
+    rolling: RollingHash,
     dirty: Dirty,
 }
 
@@ -208,6 +216,7 @@ impl StateMachine {
             cluster_version,
             alarms: BTreeSet::new(),
             applied,
+            rolling: RollingHash::default(),
             dirty: Dirty { rest: true, ..Dirty::default() },
         }
     }
@@ -228,6 +237,7 @@ impl StateMachine {
             cluster_version: head.cluster_version,
             alarms: head.alarms.iter().map(|alarm| (alarm.member_id, alarm.alarm)).collect(),
             applied: Mark { index: head.applied_index, term: head.applied_term },
+            rolling: RollingHash::restore(head.rolling_hash),
             dirty: Dirty::default(),
         }
     }
@@ -235,6 +245,12 @@ impl StateMachine {
     /// The keys.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The keys, for tests that tamper with them.
+    #[cfg(test)]
+    pub(crate) fn store_mut(&mut self) -> &mut Store {
+        &mut self.store
     }
 
     /// The leases.
@@ -303,6 +319,12 @@ impl StateMachine {
         self.applied
     }
 
+    /// How the state came to be, up to the newest applied entry; to be compared with other
+    /// members' at the same index.
+    pub fn rolling_hash(&self) -> u64 {
+        self.rolling.value()
+    }
+
     /// What changed since the last cut.
     pub fn dirty(&self) -> &Dirty {
         &self.dirty
@@ -324,13 +346,18 @@ impl StateMachine {
 
     /// Applies an entry that holds no command: a leader's first of its term.
     pub fn apply_empty(&mut self, entry: Mark) {
+        self.begin(entry);
+    }
+
+    fn begin(&mut self, entry: Mark) {
         self.applied = entry;
+        self.rolling.entry(entry);
     }
 
     /// Applies a committed command. An error is an outcome like any other: equal on
     /// all members, and nothing was changed.
     pub fn apply(&mut self, entry: Mark, command: Command, effects: &mut Effects) -> Outcome {
-        self.applied = entry;
+        self.begin(entry);
         let Some(request) = command.request else { return Ok(Response::Done) };
         if self.has_alarm(AlarmType::Corrupt) && is_refused_when_corrupt(&request) {
             return Err(Error::Corrupt);
@@ -378,7 +405,7 @@ impl StateMachine {
                 let response = LeaseRevokeResponse { header: header(self.store.revision()) };
                 Ok(Response::LeaseRevoke(response))
             }
-            Request::LeaseExpire(request) if request.term == entry.term => {
+            Request::LeaseExpire(request) if is_decided_in(request.term, entry) => {
                 for id in request.ids {
                     // One that a client revoked meanwhile has nothing left to expire.
                     let _ = self.revoke(id, effects);
@@ -401,13 +428,14 @@ impl StateMachine {
             Request::MemberChange(request) => {
                 // A change of a kind that this version does not know is none.
                 let Some(change) = request.change else { return Ok(Response::Done) };
+                let id = super::members::changed(&change);
                 self.members.change(change)?;
-                self.note_members(effects);
+                self.note_member(id, effects);
                 Ok(Response::Members(self.members.list()))
             }
             Request::MemberPublish(request) => {
                 self.members.publish(request.id, request.name, request.client_urls);
-                self.note_members(effects);
+                self.note_member(request.id, effects);
                 Ok(Response::Done)
             }
         }
@@ -449,6 +477,7 @@ impl StateMachine {
             alarms: self.alarms(AlarmType::None),
             removed_members: self.members.removed(),
             installed: false,
+            rolling_hash: self.rolling.value(),
         }
     }
 
@@ -456,6 +485,7 @@ impl StateMachine {
         let hash = self.store.compaction_hash_begin(revision);
         self.store.compact(revision)?;
         effects.compactions.push(hash);
+        self.rolling.compaction(revision);
         self.dirty.rest = true;
         let response = CompactionResponse { header: header(self.store.revision()) };
         Ok(Response::Compact(response))
@@ -483,7 +513,7 @@ impl StateMachine {
         }
         let (_, changes) = write.commit();
         self.note(changes, effects);
-        self.dirty.leases.insert(id, None);
+        self.note_lease(id);
         effects.leases.push(LeaseChange::Revoked(id));
         Ok(())
     }
@@ -496,13 +526,15 @@ impl StateMachine {
         }
     }
 
-    fn note_members(&mut self, effects: &mut Effects) {
+    fn note_member(&mut self, id: u64, effects: &mut Effects) {
+        self.rolling.member(id, self.members.get(id));
         self.dirty.rest = true;
         effects.members_changed = true;
     }
 
     fn note_lease(&mut self, id: i64) {
         let lease = self.lessor.get(id).map(Lease::to_record);
+        self.rolling.lease(id, lease.as_ref());
         self.dirty.leases.insert(id, lease);
     }
 
@@ -516,9 +548,13 @@ impl StateMachine {
             },
             Ok(AlarmAction::Activate) if request.alarm != AlarmType::None as i32 => {
                 self.alarms.insert(record);
+                self.rolling.alarm(record.0, record.1, true);
                 vec![member]
             }
-            Ok(AlarmAction::Deactivate) if self.alarms.remove(&record) => vec![member],
+            Ok(AlarmAction::Deactivate) if self.alarms.remove(&record) => {
+                self.rolling.alarm(record.0, record.1, false);
+                vec![member]
+            }
             _ => Vec::new(),
         };
         self.dirty.rest = true;
@@ -530,11 +566,21 @@ impl StateMachine {
         txn::attach_leases(&mut self.lessor, &changes);
         for change in &changes {
             let record = change.record();
+            self.rolling.record(change.revision, change.deleted, &record);
             self.dirty.records_bytes += record.len();
             self.dirty.records.push((change.revision, change.deleted, record));
         }
         effects.changes.extend(changes);
     }
+}
+
+/// Whether the leader of the entry's term decided it.
+fn is_decided_in(term: u64, entry: Mark) -> bool {
+    #[cfg(test)]
+    if TRUSTS_STALE_LEADERS.get() {
+        return true;
+    }
+    term == entry.term
 }
 
 fn header(revision: i64) -> Option<ResponseHeader> {

@@ -60,6 +60,14 @@ fn first_eight_bytes(hash: Sha1) -> u64 {
     hash.finalize().iter().take(8).fold(0, |id, byte| id << 8 | u64::from(*byte))
 }
 
+/// Whom a change is about.
+pub fn changed(change: &Change) -> u64 {
+    match change {
+        Change::Add(member) | Change::Update(member) => member.id,
+        Change::Remove(id) | Change::Promote(id) => *id,
+    }
+}
+
 impl Members {
     /// The members of a new cluster: (name, peer URLs) of each.
     pub fn bootstrap(initial: &[(String, Vec<String>)], cluster_token: &str) -> Members {

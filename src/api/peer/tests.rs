@@ -17,7 +17,7 @@ use super::*;
 use crate::net::identity::Identity;
 use crate::net::{BULK_QUEUE_BYTES, Connector, Lane, PeerAddress, PeerEvent, Peers};
 use crate::pb::kvorumpb::peer_client::PeerClient;
-use crate::pb::kvorumpb::{MemberRecord, SnapshotProgress, snapshot_chunk};
+use crate::pb::kvorumpb::{MemberRecord, RollingHash, SnapshotProgress, snapshot_chunk};
 
 /// Longer than anything here takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -92,6 +92,11 @@ impl Receiver for Fake {
 
     async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error> {
         Ok(HashKvResponse { hash_revision: request.revision, ..Default::default() })
+    }
+
+    fn rolling_hashes(&self, request: RollingHashesRequest) -> RollingHashesResponse {
+        let hash = |index| RollingHash { index, hash: index };
+        RollingHashesResponse { hashes: request.indexes.into_iter().map(hash).collect() }
     }
 
     async fn members(&self) -> Result<MembersResponse, Error> {

@@ -13,10 +13,10 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
 
 use super::{ApplyThread, Progress};
 use crate::error::Error;
+use crate::runtime::rolling_hashes::At;
 use crate::state::StateMachine;
 
 /// The state to go on with.
@@ -53,6 +53,7 @@ impl ApplyThread {
         self.published.set_size(state.store().size_in_use_bytes());
         self.published.set_learner(state.is_learner());
         self.published.members.send_modify(|changes| *changes += 1);
+        self.rolling_hashes.replace(At { index: applied.index, hash: state.rolling_hash() });
         drop(state);
 
         self.published.set_applied(applied.index, applied.term);
@@ -61,7 +62,7 @@ impl ApplyThread {
         progress.entries.retain(|entry| entry.index > applied.index);
         // What it holds of compacted versions is to be removed like after a start.
         progress.removal = None;
-        progress.compact_at = Some(Instant::now() + self.pace.pause);
+        progress.compact_at = Some(tokio::time::Instant::now() + self.pace.pause);
         self.feed.publish(revision, revision, Arc::default());
         self.waiters.fail_all(&Error::Timeout);
         // Raft hears of it from the log thread: for raft nothing is applied that is not persisted.

@@ -22,6 +22,7 @@ use crate::runtime::history::StateHistory;
 use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::published::Published;
+use crate::runtime::rolling_hashes::{At, RollingHashes};
 use crate::runtime::waiters::{Answer, Waiters};
 use crate::runtime::watch_hub::{HubHandle, Responses, WatchConfig, WatchHub};
 use crate::state::members::Members;
@@ -110,6 +111,7 @@ impl Bench {
                 0,
                 0,
             ),
+            rolling_hashes: Arc::new(RollingHashes::new(At { index: 0, hash: 0 })),
             pace: CompactionPace { keys_per_step: 1000, pause: Duration::from_millis(1) },
             slow_apply: Duration::MAX,
             fault: Fault::default(),
