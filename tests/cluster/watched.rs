@@ -173,7 +173,7 @@ async fn the_documents_commands_make_a_cluster_and_kill_its_leader() {
     let (done, out, err) = shell("config/kill-leader.sh");
     assert!(done, "{out} {err}");
     assert!(out.starts_with("killing member ") && out.contains("still here, without member"));
-    let killed: usize = out["killing member ".len()..].split(',').next().unwrap().parse().unwrap();
+    let killed: usize = out.split([' ', ',']).nth(2).unwrap().parse().unwrap();
     members[killed - 1] = start(killed);
     until("it to be back", || async { shell("etcdctl endpoint health").0.then_some(()) }).await;
 
