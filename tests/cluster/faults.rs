@@ -268,16 +268,15 @@ async fn a_leader_that_stood_still_serves_nothing_old() {
 
     cluster[leader].signal(Signal::STOP);
     let stopped = Instant::now();
+    soon("a put at the others", cluster[one].put("k", "new")).await.unwrap();
+    // What is asked from here on must not be answered by what was. (A read that was on its
+    // way before the put was begun may be.)
     let reads: Vec<_> = (0..20)
         .map(|_| {
             let mut kv = kv.clone();
             tokio::spawn(async move { kv.range(get("k")).await })
         })
         .collect();
-    for _ in 0..3 {
-        keepalives.send(pb::LeaseKeepAliveRequest { id: 7 }).await.unwrap();
-    }
-    soon("a put at the others", cluster[one].put("k", "new")).await.unwrap();
     let term = cluster[two].status().await.unwrap().raft_term;
     tokio::time::sleep(Duration::from_secs(3).saturating_sub(stopped.elapsed())).await;
     until("the lease to end", || async {
@@ -286,6 +285,9 @@ async fn a_leader_that_stood_still_serves_nothing_old() {
         (left.ttl < 0).then_some(())
     })
     .await;
+    for _ in 0..3 {
+        keepalives.send(pb::LeaseKeepAliveRequest { id: 7 }).await.unwrap();
+    }
     cluster[leader].signal(Signal::CONT);
     for read in reads {
         match soon("a read", read).await.unwrap() {
