@@ -30,6 +30,7 @@ fix:
     KVORUM_UPDATE_DOCS=1 cargo test --lib config
     KVORUM_REGENERATE=1 cargo test --test proto
     cargo update --workspace --manifest-path tests/third-party/Cargo.toml
+    cargo fmt --manifest-path tests/chaos/Cargo.toml
 
 # Side by side with etcd; takes minutes. `just bench --rounds 1` is quicker.
 bench *flags: contestants
@@ -58,3 +59,12 @@ contestants: judges
 # etcd, etcdctl and etcdutl, and a user of etcd's client: to compare with.
 judges:
     tests/judge/build.sh
+
+# Breaks a cluster of kvorum on purpose, and checks it; docs/chaos.md has the flags.
+chaos *flags:
+    cargo build --release
+    cargo run --manifest-path tests/chaos/Cargo.toml --target-dir target/chaos -- --server target/release/kvorum {{flags}}
+
+# Whether the checks of chaos find what is wrong, and nothing wrong with etcd.
+chaos-test: judges
+    cargo test --manifest-path tests/chaos/Cargo.toml --target-dir target/chaos

@@ -25,8 +25,8 @@
 
 mod corrupt;
 mod divergence;
+mod leader;
 mod members;
-mod peer;
 mod range;
 
 use std::sync::Arc;
@@ -40,9 +40,9 @@ use crate::error::Error;
 use crate::lease::{self, Lease};
 use crate::metrics::{Metrics, Op};
 use crate::mvcc::Store;
-use crate::net::{Client, Peers};
+use crate::net::{Client, Peers, refusal};
 use crate::pb::etcdserverpb::*;
-use crate::pb::kvorumpb::{MemberPublish, command::Request};
+use crate::pb::kvorumpb::{MemberPublish, MemberRecord, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
@@ -58,7 +58,6 @@ pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStrea
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
 pub use corrupt::Inconsistent;
-pub(crate) use peer::PeerFace;
 
 /// A writer that is ahead of the checkpoint looks again after this.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
@@ -315,14 +314,14 @@ impl Engine {
         self.serializable_check()?;
         let header = Some(self.header());
         let there = |mut client: Client| async move {
-            client.lease_keep_alive(LeaseKeepAliveRequest { id }).await
+            refusal::answered(client.lease_keep_alive(LeaseKeepAliveRequest { id }).await)
         };
         let response = self.at_leader(|| self.keep_alive_here(id), there).await?;
         Ok(LeaseKeepAliveResponse { header, ..response })
     }
 
     /// The same, if this member leads.
-    async fn keep_alive_here(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+    pub(crate) async fn keep_alive_here(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
         let header = Some(self.header());
         let ttl = self.parts.leases.keep_alive(id, &self.parts.proposer).await?;
         if ttl > 0 {
@@ -340,17 +339,16 @@ impl Engine {
         &self,
         request: LeaseTimeToLiveRequest,
     ) -> Result<LeaseTimeToLiveResponse, Error> {
-        let there = |mut client: Client| {
-            let request = request.clone();
-            async move { client.lease_time_to_live(request).await }
+        let there = |mut client: Client| async move {
+            refusal::answered(client.lease_time_to_live(request).await)
         };
-        let here = || self.time_to_live_here(request.clone());
+        let here = || self.time_to_live_here(request);
         let response = self.at_leader(here, there).await?;
         Ok(LeaseTimeToLiveResponse { header: Some(self.header()), ..response })
     }
 
     /// The same, if this member leads.
-    async fn time_to_live_here(
+    pub(crate) async fn time_to_live_here(
         &self,
         request: LeaseTimeToLiveRequest,
     ) -> Result<LeaseTimeToLiveResponse, Error> {
@@ -407,6 +405,21 @@ impl Engine {
         }
         let members = self.parts.state.read().members().list();
         Ok(MemberListResponse { header: self.cluster_header(), members })
+    }
+
+    /// All members, as they are recorded.
+    pub(crate) fn member_records(&self) -> Vec<MemberRecord> {
+        self.parts.state.read().members().records()
+    }
+
+    /// The rolling hash of everything applied up to an index, if it is remembered.
+    pub(crate) fn rolling_hash(&self, index: u64) -> Option<u64> {
+        self.parts.rolling_hashes.get(index)
+    }
+
+    /// Whether a member of this id was removed.
+    pub(crate) fn is_removed(&self, id: u64) -> bool {
+        self.parts.state.read().members().is_removed(id)
     }
 
     /// Tells the cluster this member's name and where its clients reach it.

@@ -139,6 +139,10 @@ pub enum Error {
     /// The leader changed while a read waited.
     #[error("etcdserver: leader changed")]
     LeaderChanged,
+    /// There was no leader whom a write could have been given to, for as long as a request may
+    /// take. It has not happened, and will not.
+    #[error("context deadline exceeded")]
+    DeadlineExceeded,
     /// No answer from the cluster in time. A write may have happened.
     #[error("etcdserver: request timed out")]
     Timeout,

@@ -132,6 +132,8 @@ pub mod net;
 pub mod raft;
 #[doc(hidden)]
 pub mod runtime;
+#[cfg(test)]
+mod simulation;
 #[doc(hidden)]
 pub mod state;
 #[doc(hidden)]

@@ -1,8 +1,8 @@
 //! The kvorum binary: flags → [`Config`] → [`Server`] → a signal → shutdown.
 //!
-//! Exit codes: 0 after SIGTERM or SIGINT, 1 when the configuration cannot be used or the
-//! server failed, 2 when the command line cannot be read. A second signal during the
-//! shutdown ends the process at once.
+//! Exit codes: 0 after SIGTERM or SIGINT, and when the member was removed from its cluster;
+//! 1 when the configuration cannot be used or the server failed; 2 when the command line
+//! cannot be read. A second signal during the shutdown ends the process at once.
 
 mod logging;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use kvorum::config::{Config, Outcome};
-use kvorum::{Server, config};
+use kvorum::{Fatal, Server, StartError, config};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 
@@ -37,7 +37,9 @@ fn main() -> ExitCode {
                 Err(message) => return fail(&format!("{message}\n"), 1),
             }
             notices.iter().for_each(config::Notice::log);
-            if let Err(error) = run(*config) {
+            if let Err(error) = run(*config)
+                && !is_removal(error.as_ref())
+            {
                 error!(%error, "stopped by an error");
                 return ExitCode::FAILURE;
             }
@@ -96,6 +98,16 @@ async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         name = next(&mut signals) => warn!(signal = name, "received a second signal; not waiting for the shutdown"),
     }
     failure.map_or(Ok(()), |failure| Err(failure.into()))
+}
+
+/// Whether nothing failed: the member was removed from its cluster, and has said so.
+fn is_removal(error: &(dyn std::error::Error + 'static)) -> bool {
+    let fatal = match error.downcast_ref() {
+        Some(StartError::Fatal(fatal)) => Some(fatal),
+        Some(_) => None,
+        None => error.downcast_ref::<Fatal>(),
+    };
+    fatal.is_some_and(Fatal::is_removal)
 }
 
 async fn next((terminate, interrupt): &mut (Signal, Signal)) -> &'static str {

@@ -138,7 +138,6 @@ struct Shared {
     member_id: u64,
     connector: Connector,
     events: Events,
-    runtime: tokio::runtime::Handle,
     metrics: Arc<Metrics>,
 }
 
@@ -149,10 +148,9 @@ impl Peers {
         member_id: u64,
         connector: Connector,
         events: Events,
-        runtime: tokio::runtime::Handle,
         metrics: Arc<Metrics>,
     ) -> Peers {
-        let shared = Shared { cluster_id, member_id, connector, events, runtime, metrics };
+        let shared = Shared { cluster_id, member_id, connector, events, metrics };
         Peers { inner: Arc::new(Inner { shared: Arc::new(shared), links: RwLock::default() }) }
     }
 
@@ -165,7 +163,8 @@ impl Peers {
 
     /// The members as they are now; this one is passed over if it is among them. Connections
     /// to new ones begin, those to members that are gone end once they are told what is
-    /// queued, and those whose URLs changed are made anew.
+    /// queued, and those whose URLs changed are made anew. To be called within a runtime, where
+    /// they run; nothing else here holds on to it, for handles may outlive it.
     pub fn update(&self, peers: &[PeerAddress]) {
         let shared = &self.inner.shared;
         let mut links = self.inner.links.write();

@@ -14,12 +14,13 @@
 //! Nothing here is process-global, and nothing exits or panics the process: what a
 //! server cannot survive ends that server, and [`Server::wait_for_failure`] says why.
 //!
-//! Shutting down goes front to back: leadership is handed over, then no new connections, streams end, calls under way
-//! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
+//! Shutting down goes front to back: leadership is handed over; no new connections, streams end,
+//! calls under way get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
 #[cfg(test)]
 mod corruption_tests;
 pub mod discover;
+mod face;
 mod member;
 mod sockets;
 mod stop;
@@ -29,6 +30,7 @@ use std::time::Instant;
 
 use tokio::task::JoinHandle;
 
+use self::face::PeerFace;
 use self::member::Member;
 use self::sockets::{
     Bound, advertised, bind_peers, peer_connector, peer_serve_options, serve_options,
@@ -42,7 +44,7 @@ use crate::api::peer::max_peer_message_bytes;
 use crate::api::tls::TlsError;
 use crate::client::Client;
 use crate::config::{Config, ConfigErrors, Gate};
-use crate::engine::{Engine, Inconsistent, PeerFace};
+use crate::engine::{Engine, Inconsistent};
 use crate::error::Error;
 use crate::runtime::fault::Fault;
 use crate::runtime::recover::OpenError;

@@ -13,7 +13,7 @@ use sources::{Source, library};
 /// From the top down. A room may name those on lower levels, none on its own.
 const LEVELS: &[&[&str]] = &[
     &["main", "logging", "memory", "systemd"],
-    &["server"],
+    &["server", "simulation"],
     &["api", "client"],
     &["engine"],
     &["runtime"],
@@ -31,7 +31,11 @@ const ABSENCES: &[(&str, &[&str], &str)] = &[
     ("api", &["config"], "flags become plain values in `server`"),
     ("engine", &["config"], "flags become plain values in `server`"),
     ("runtime", &["config"], "flags become plain values in `server`"),
-    ("net", &["mvcc", "lease", "log", "storage", "config"], "peers are sent bytes and calls"),
+    (
+        "net",
+        &["mvcc", "lease", "log", "config"],
+        "peers are sent bytes and calls, and spool images",
+    ),
     ("raft", &["storage", "metrics", "config"], "the node is a pure stepper"),
     ("state", &["storage", "metrics", "config"], "the state machine is pure"),
     ("mvcc", &["log", "storage", "metrics", "config"], "the store is pure"),

@@ -47,6 +47,7 @@ const DOCUMENTS: &[&str] = &[
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/chaos.md",
     "docs/compatibility.md",
     "docs/flags.md",
 ];

@@ -50,6 +50,7 @@ pub fn code(error: &Error) -> Code {
         | Error::NotLeader
         | Error::AuthNotEnabled => Code::FailedPrecondition,
 
+        Error::DeadlineExceeded => Code::DeadlineExceeded,
         Error::NoSpace => Code::ResourceExhausted,
         Error::Corrupt => Code::DataLoss,
 
@@ -193,6 +194,7 @@ mod tests {
             ),
             (Error::NoLeader, Unavailable, "etcdserver: no leader"),
             (Error::LeaderChanged, Unavailable, "etcdserver: leader changed"),
+            (Error::DeadlineExceeded, DeadlineExceeded, "context deadline exceeded"),
             (Error::Timeout, Unavailable, "etcdserver: request timed out"),
             (
                 Error::TimeoutLeaderFail,
@@ -261,6 +263,7 @@ mod tests {
             | Error::AuthNotEnabled
             | Error::NoLeader
             | Error::LeaderChanged
+            | Error::DeadlineExceeded
             | Error::Timeout
             | Error::TimeoutLeaderFail
             | Error::TimeoutConnectionLost
@@ -270,7 +273,7 @@ mod tests {
             | Error::Unimplemented(_) => (),
         }
     }
-    const VARIANTS: usize = 45;
+    const VARIANTS: usize = 46;
 
     #[test]
     fn every_error_has_etcds_code_and_text() {

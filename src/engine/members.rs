@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{Engine, unexpected};
 use crate::error::Error;
-use crate::net::Client;
+use crate::net::{Client, refusal};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{MemberChange, MemberRecord, command::Request, member_change::Change};
 use crate::state::Response;
@@ -96,7 +96,9 @@ impl Engine {
         &self,
         request: MemberPromoteRequest,
     ) -> Result<MemberPromoteResponse, Error> {
-        let there = |mut client: Client| async move { client.member_promote(request).await };
+        let there = |mut client: Client| async move {
+            refusal::answered(client.member_promote(request).await)
+        };
         let response = self.at_leader(|| self.promote_here(request.id), there).await?;
         Ok(MemberPromoteResponse { header: self.cluster_header(), ..response })
     }
@@ -105,7 +107,7 @@ impl Engine {
     ///
     /// # Errors
     /// As [`Engine::member_promote`]; [`Error::NotLeader`].
-    pub(super) async fn promote_here(&self, id: u64) -> Result<MemberPromoteResponse, Error> {
+    pub(crate) async fn promote_here(&self, id: u64) -> Result<MemberPromoteResponse, Error> {
         let promoted = self.promote(id).await;
         let metrics = &self.parts.metrics;
         match &promoted {

@@ -98,9 +98,6 @@ impl Link {
     pub(super) fn new(shared: Arc<Shared>, address: PeerAddress) -> Link {
         let metrics = shared.metrics.peer(shared.member_id, address.id);
         metrics.known.set(1);
-        let runtime = shared.runtime.clone();
-        // Channels spawn a task when they are made.
-        let _within = runtime.enter();
         let standing = Standing { active_since: None, calls: None, dropped: false };
         let state = Arc::new(State {
             shared,
@@ -115,7 +112,7 @@ impl Link {
             }
         }
         let (closing, closed) = watch::channel(false);
-        runtime.spawn(Arc::clone(&state).run(closed));
+        tokio::spawn(Arc::clone(&state).run(closed));
         Link { state, closing }
     }
 

@@ -6,7 +6,7 @@
 //! nobody knows what the other member did.
 
 use tonic::metadata::MetadataMap;
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 
 use crate::error::Error;
 
@@ -50,6 +50,31 @@ const TOLD: [Error; 25] = [
 pub fn error(status: &Status) -> Option<Error> {
     // The text tells them apart; several have the same code.
     TOLD.iter().find(|error| error.to_string() == status.message()).cloned()
+}
+
+/// What a call came to: the answer, the error that was answered, or `None` when there was no
+/// answer.
+///
+/// # Errors
+/// See there.
+pub fn answered<T>(answer: Result<Response<T>, Status>) -> Result<T, Option<Error>> {
+    answer.map(Response::into_inner).map_err(|status| error(&status))
+}
+
+/// Whether a call certainly led to nothing: there was no connection, or it was answered by an
+/// error before anything was done.
+pub fn never_arrived(status: &Status) -> bool {
+    if error(status).is_some() || is_removed(status) {
+        return true;
+    }
+    let mut cause = std::error::Error::source(status);
+    while let Some(error) = cause {
+        if error.is::<tonic::ConnectError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// The refusal of a member that was removed.

@@ -72,6 +72,12 @@ impl LogCache {
         self.offers.insert(to, (mark, conf_state(configuration)));
     }
 
+    /// The image that was offered for a member was sent: for another attempt there has to be
+    /// another offer.
+    pub(super) fn withdraw_offer(&mut self, to: u64) {
+        self.offers.remove(&to);
+    }
+
     /// Members that raft wanted to send a snapshot, and had none to send.
     pub(super) fn take_wanted(&mut self) -> Vec<u64> {
         std::mem::take(self.wanted.get_mut()).into_iter().collect()

@@ -205,6 +205,8 @@ pub struct Node {
     released: Vec<Outgoing>,
     /// The snapshot that is being put in force.
     installing: Option<u64>,
+    /// What was applied meanwhile; raft would not believe it before the image is in force.
+    applied_meanwhile: u64,
     /// Committed changes that the state machine has yet to judge, by index.
     changes: BTreeMap<u64, ConfChangeV2>,
     patience: Patience,
@@ -308,6 +310,7 @@ impl Node {
             held: VecDeque::new(),
             released: Vec::new(),
             installing: None,
+            applied_meanwhile: 0,
             changes: BTreeMap::new(),
             patience: Patience { seed: mix(seed ^ id), round: 0, election_ticks },
             #[cfg(test)]
@@ -494,6 +497,11 @@ impl Node {
             self.installing = None;
         }
         self.raw.on_persist_ready(number);
+        let meanwhile = std::mem::take(&mut self.applied_meanwhile);
+        if meanwhile != 0 {
+            // Kept once more while the installation goes on.
+            self.applied(meanwhile);
+        }
         while self.held.front().is_some_and(|(held, _)| *held <= number) {
             self.released.extend(self.held.pop_front().into_iter().flat_map(|(_, held)| held));
         }
@@ -506,9 +514,10 @@ impl Node {
     }
 
     /// What became of a snapshot that was sent: whether it is in force over there. Until it
-    /// is told, raft sends that member nothing else.
+    /// is told, raft sends that member nothing else; from then on the offer does not hold.
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
+        self.raw.mut_store().withdraw_offer(to);
         self.raw.report_snapshot(to, status);
     }
 
@@ -529,6 +538,10 @@ impl Node {
     /// Everything up to `index` is applied, of which the last entries are kept, and those
     /// that a member will need which is being sent a snapshot.
     pub fn applied(&mut self, index: u64) {
+        if self.installing.is_some() {
+            self.applied_meanwhile = index;
+            return;
+        }
         self.raw.advance_apply_to(index);
         let needed = self
             .raw

@@ -12,10 +12,12 @@ mod install;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use prost::Message as _;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 pub use self::install::Replacement;
 use super::checkpoint_thread::Checkpointer;
@@ -103,7 +105,7 @@ pub struct ApplyThread {
 
 /// Work in progress of this thread.
 #[derive(Default)]
-struct Progress {
+pub(crate) struct Progress {
     entries: VecDeque<Entry>,
     /// When the next step of physical compaction is due; `None` when all is done.
     compact_at: Option<Instant>,
@@ -146,9 +148,7 @@ impl ApplyThread {
     }
 
     fn run_until_stopped(&mut self) {
-        // What was recovered may hold versions that a compaction had yet to remove.
-        let mut progress =
-            Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() };
+        let mut progress = self.begin();
         loop {
             let received = if progress.entries.is_empty() {
                 self.receive(&mut progress)
@@ -158,13 +158,36 @@ impl ApplyThread {
             if received == Received::Stop {
                 return;
             }
-            if let Err(error) = self.apply_some(&mut progress) {
+            if let Err(error) = self.go_on(&mut progress) {
                 return self.fault.raise("apply", error);
             }
-            // Also while entries keep coming: what is compacted takes memory.
-            self.compact(&mut progress);
-            self.checkpointer.cut_if_due(&self.state);
         }
+    }
+
+    /// What is under way when nothing is: see [`ApplyThread::run`].
+    fn begin(&self) -> Progress {
+        // What was recovered may hold versions that a compaction had yet to remove.
+        Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() }
+    }
+
+    fn go_on(&mut self, progress: &mut Progress) -> Result<(), CorruptEntry> {
+        self.apply_some(progress)?;
+        // Also while entries keep coming: what is compacted takes memory.
+        self.compact(progress);
+        self.checkpointer.cut_if_due(&self.state);
+        Ok(())
+    }
+
+    /// Does what waits, without waiting for more. What a simulator calls instead of
+    /// [`ApplyThread::run`]. Returns whether more waits.
+    #[cfg(test)]
+    pub(crate) fn turn(&mut self, progress: &mut Option<Progress>) -> Result<bool, CorruptEntry> {
+        let mut under_way = progress.take().unwrap_or_else(|| self.begin());
+        self.receive_now(&mut under_way);
+        let went = self.go_on(&mut under_way);
+        let more = !under_way.entries.is_empty();
+        *progress = Some(under_way);
+        went.map(|()| more)
     }
 
     /// Waits for a task, or for the time of something else to do.
@@ -407,7 +430,7 @@ enum Received {
     "entry {index} of the raft log is not a command this version understands ({error}); \
      start the version that wrote it, or restore from a snapshot"
 )]
-struct CorruptEntry {
+pub(crate) struct CorruptEntry {
     index: u64,
     error: prost::DecodeError,
 }

@@ -29,18 +29,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::RwLock;
 use tokio::sync::oneshot;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 pub use self::install::Install;
+pub(crate) use self::install::Installing;
 use super::apply_thread::ApplyTask;
 use super::fault::Fault;
 use super::image::FillError;
 use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
+use super::raft_thread::Flow;
 use super::records;
 use super::space::{self, RESERVE_BYTES, STORE_BYTES_PER_BYTE, Shortage};
 use crate::error::Error;
@@ -276,36 +280,54 @@ impl CheckpointThread {
     }
 
     fn run_until_stopped(&mut self) -> Result<(), CheckpointError> {
-        let mut waiting: Option<WaitingCut> = None;
+        let mut under_way = UnderWay::default();
         loop {
-            let task = match &waiting {
+            if let Some(installing) = under_way.installing.take()
+                && !self.finish_install(installing)
+            {
+                return Ok(());
+            }
+            let task = match &under_way.cut {
                 None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => self.tasks.recv_timeout(FULL_RETRY),
             };
-            match task {
-                Ok(CheckpointTask::Write(cut, reason)) => {
-                    waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
-                }
-                Ok(CheckpointTask::Rewrite(done)) => {
-                    let rewritten = self.rewrite_where_there_is_space()?;
-                    // Whoever asked may have gone.
-                    let _ = done.send(rewritten);
-                }
-                Ok(CheckpointTask::Install(install)) => {
-                    if !self.install(*install)? {
-                        return Ok(());
-                    }
-                }
-                // What waits for space is in the log.
-                Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            if let Some(cut) = &waiting
-                && self.write(cut)?
-            {
-                waiting = None;
+            if self.turn(task, &mut under_way)? == Flow::Stop {
+                return Ok(());
             }
         }
+    }
+
+    /// Does one task, and writes the cut that waits if there is space.
+    pub(crate) fn turn(
+        &mut self,
+        task: Result<CheckpointTask, RecvTimeoutError>,
+        under_way: &mut UnderWay,
+    ) -> Result<Flow, CheckpointError> {
+        match task {
+            Ok(CheckpointTask::Write(cut, reason)) => {
+                under_way.cut = Some(WaitingCut { cut, reason, since: Instant::now() });
+            }
+            Ok(CheckpointTask::Rewrite(done)) => {
+                let rewritten = self.rewrite_where_there_is_space()?;
+                // Whoever asked may have gone.
+                let _ = done.send(rewritten);
+            }
+            Ok(CheckpointTask::Install(install)) => match self.begin_install(*install)? {
+                Some(installing) => under_way.installing = Some(installing),
+                None => return Ok(Flow::Stop),
+            },
+            // What waits for space is in the log.
+            Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                return Ok(Flow::Stop);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(cut) = &under_way.cut
+            && self.write(cut)?
+        {
+            under_way.cut = None;
+        }
+        Ok(Flow::GoOn)
     }
 
     /// Writes a cut if there is space for it; `false` if there is none. Nothing is lost
@@ -499,11 +521,19 @@ impl CheckpointThread {
 
 /// Why the checkpoint thread cannot go on.
 #[derive(Debug, thiserror::Error)]
-enum CheckpointError {
+pub(crate) enum CheckpointError {
     #[error(transparent)]
     Storage(#[from] StorageError),
     #[error("cannot install a snapshot: {0}")]
     Install(#[from] FillError),
+}
+
+/// What is not done in one turn.
+#[derive(Default)]
+pub(crate) struct UnderWay {
+    cut: Option<WaitingCut>,
+    /// Nothing else is done before it is.
+    pub(crate) installing: Option<Installing>,
 }
 
 /// A cut on its way to the disk.

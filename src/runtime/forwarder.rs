@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tonic::Status;
 
 use super::proposer::Forwarder;
 use super::raft_thread::Proposal;
@@ -125,7 +124,7 @@ impl Sending {
                         waiters.refuse(refusal.sequence, reason(refusal.reason()));
                     }
                 }
-                Ok(Err(status)) if never_arrived(&status) => refuse(&sequences),
+                Ok(Err(status)) if refusal::never_arrived(&status) => refuse(&sequences),
                 Ok(Err(status)) => {
                     tracing::debug!(error = status.message(), "a call to the leader broke off");
                 }
@@ -151,20 +150,4 @@ pub fn told(refused: Refused) -> Reason {
         Refused::Full => Reason::Full,
         Refused::Busy => Reason::Busy,
     }
-}
-
-/// Whether a call certainly led to nothing: there was no connection, or it was answered by an
-/// error before anything was done.
-fn never_arrived(status: &Status) -> bool {
-    if refusal::error(status).is_some() || refusal::is_removed(status) {
-        return true;
-    }
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        if error.is::<tonic::ConnectError>() {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
 }

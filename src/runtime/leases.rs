@@ -6,10 +6,12 @@
 //! leader: it may have been asleep for minutes and not know (etcd #15247).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 use super::proposer::Proposer;
 use super::published::Published;
@@ -30,6 +32,12 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(300);
 const CHECKPOINTS_PER_ENTRY: usize = 1000;
 /// Leases given a deadline in one hold of the lock when this member begins to lead.
 const SCHEDULED_PER_STEP: usize = 10_000;
+
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: the leader ends leases without making sure that it still leads.
+    pub(crate) static EXPIRES_UNASKED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
 
 /// The deadlines. One lock, held briefly: by keepalives, by the apply thread for
 /// leases that came or went, by the duty below.
@@ -201,6 +209,7 @@ impl LeaseClock {
         let mut role = self.published.role.subscribe();
         let mut stopped = self.published.stopped.subscribe();
         tokio::select! {
+            biased;
             seen = waiting.changed.changed() => seen.map_err(|_| Error::Stopped),
             _ = role.wait_for(|role| !role.is_leader) => Err(Error::NoLeader),
             _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
@@ -240,6 +249,7 @@ impl LeaseDuty {
         let mut role = self.published.role.subscribe();
         loop {
             tokio::select! {
+                biased;
                 _ = ticks.tick() => {}
                 changed = role.changed() => if changed.is_err() { return },
             }
@@ -275,7 +285,13 @@ impl LeaseDuty {
             }
             let count = ids.len();
             let expired = async {
-                self.proposer.read_barrier().await?;
+                #[cfg(test)]
+                let unasked = EXPIRES_UNASKED.get();
+                #[cfg(not(test))]
+                let unasked = false;
+                if !unasked {
+                    self.proposer.read_barrier().await?;
+                }
                 self.proposer.propose(Request::LeaseExpire(LeaseExpire { term, ids })).await
             };
             match expired.await {

@@ -79,8 +79,12 @@ impl Outbox for PeerOutbox {
 
     fn make_snapshot(&mut self, to: u64, first_index: u64) {
         let mut sources = self.shared.sources.lock();
-        let is_there = sources.made.get(&to).is_some_and(|made| made.index() >= first_index);
-        if is_there || !sources.making.insert(to) {
+        if let Some(made) = sources.made.get(&to).filter(|made| made.index() >= first_index) {
+            // Raft has forgotten, or will hear of it in a moment.
+            let _ = self.shared.raft.send(made_for(to, made));
+            return;
+        }
+        if !sources.making.insert(to) {
             return;
         }
         sources.made.remove(&to);
@@ -88,6 +92,12 @@ impl Outbox for PeerOutbox {
         let shared = Arc::clone(&self.shared);
         self.shared.runtime.spawn(async move { shared.make(to, first_index).await });
     }
+}
+
+/// What raft is told of a source.
+fn made_for(to: u64, source: &Source) -> RaftInput {
+    let mark = Mark { index: source.index(), term: source.term() };
+    RaftInput::SnapshotMade { to, mark, configuration: source.configuration() }
 }
 
 impl Shared {
@@ -100,14 +110,13 @@ impl Shared {
             return;
         };
         let id = source.id();
-        let mark = Mark { index: source.index(), term: source.term() };
-        let configuration = source.configuration();
+        let told = made_for(to, &source);
         {
             let mut sources = self.sources.lock();
             sources.making.remove(&to);
             sources.made.insert(to, source);
         }
-        let _ = self.raft.send(RaftInput::SnapshotMade { to, mark, configuration });
+        let _ = self.raft.send(told);
         // One that raft makes no use of must not keep what is compacted in memory.
         tokio::time::sleep(RESUME_MAX).await;
         let mut sources = self.sources.lock();

@@ -11,10 +11,12 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prost::Message as _;
 use tokio::sync::{oneshot, watch};
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 use super::published::Published;
 use super::raft_thread::{Proposal, RaftInput};
@@ -102,6 +104,8 @@ impl Proposer {
         loop {
             let role = match self.wait_for_leader(deadline).await {
                 Err(Error::Timeout) if unlucky => return Err(Error::TimeoutLeaderFail),
+                // Etcd's raft takes no proposal without a leader, and tells its own deadline.
+                Err(Error::Timeout) => return Err(Error::DeadlineExceeded),
                 role => role?,
             };
             let header = self.waiters.next_header();
@@ -120,7 +124,7 @@ impl Proposer {
             } else if self.mailbox.send(RaftInput::Propose { proposal, term: role.term }).is_err() {
                 return Err(Error::Stopped);
             }
-            match tokio::time::timeout_at(deadline.into(), answer).await {
+            match tokio::time::timeout_at(deadline, answer).await {
                 Ok(Ok(Answer::Applied(outcome))) => return outcome,
                 Ok(Ok(Answer::Refused(Refused::Full))) => return Err(Error::TooManyRequests),
                 Ok(Ok(Answer::Refused(Refused::Busy))) => {
@@ -172,7 +176,7 @@ impl Proposer {
         let deadline = Instant::now() + self.request_timeout();
         let (reply, confirmed) = oneshot::channel();
         self.mailbox.send(RaftInput::ReadIndex(reply)).map_err(|_| Error::Stopped)?;
-        let index = match tokio::time::timeout_at(deadline.into(), confirmed).await {
+        let index = match tokio::time::timeout_at(deadline, confirmed).await {
             Ok(index) => index.map_err(|_| Error::Stopped)?,
             Err(_) => {
                 self.metrics.server_read_indexes_failed_total.inc();
@@ -194,7 +198,8 @@ impl Proposer {
             return Err(Error::NotLeader);
         }
         let moment = self.election_timeout / 2;
-        let is_fresh = self.published.confirmed().is_some_and(|at| at.elapsed() < moment);
+        let is_fresh =
+            self.published.confirmed().is_some_and(|at| Instant::now().into_std() - at < moment);
         if !is_fresh {
             self.read_barrier().await?;
         }
@@ -253,9 +258,10 @@ impl Proposer {
         let mut value = published.subscribe();
         let mut stopped = self.published.stopped.subscribe();
         tokio::select! {
+            biased;
             met = value.wait_for(condition) => met.map(drop).map_err(|_| Error::Stopped),
             _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
-            () = tokio::time::sleep_until(deadline.into()) => Err(Error::Timeout),
+            () = tokio::time::sleep_until(deadline) => Err(Error::Timeout),
         }
     }
 }

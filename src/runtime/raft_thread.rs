@@ -57,7 +57,8 @@ const INPUTS_PER_TURN: usize = 4096;
 const CATCH_UP_TICKS_MAX: u32 = 2;
 /// A round of ReadIndex that got no answer is asked again after this. etcd waits 500 ms; a
 /// new leader drops what it is asked before it has committed, and reads need not wait for
-/// that half a second.
+/// that half a second. Where the members are far apart an answer takes longer, so each time in
+/// vain doubles it, up to an election timeout.
 const READ_INDEX_RETRY: Duration = Duration::from_millis(100);
 
 /// A command to be appended to the log.
@@ -216,16 +217,16 @@ pub struct RaftThread {
 
 /// Why the raft thread ends by itself.
 #[derive(Debug, thiserror::Error)]
-enum RaftFailure {
+pub(crate) enum RaftFailure {
     #[error(transparent)]
     Raft(#[from] RaftError),
     #[error(transparent)]
     Peer(#[from] Malformed),
 }
 
-/// Whether to go on.
+/// Whether a thread goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flow {
+pub(crate) enum Flow {
     GoOn,
     Stop,
 }
@@ -234,7 +235,7 @@ impl RaftThread {
     /// A thread that has yet to run; its clock begins at `now`.
     pub fn new(parts: RaftParts, now: Instant) -> RaftThread {
         let next_tick = now + parts.tick;
-        let reads = Reads::new(parts.member, parts.waiters.boot());
+        let reads = Reads::new(parts.member, parts.waiters.boot(), parts.election_timeout);
         RaftThread {
             parts,
             reads,
@@ -277,7 +278,7 @@ impl RaftThread {
     }
 
     /// The first turn.
-    fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
+    pub(crate) fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
         if self.parts.node.is_only_voter() {
             self.parts.node.campaign()?;
         }
@@ -285,7 +286,11 @@ impl RaftThread {
     }
 
     /// Takes what waits, lets the time pass up to `now`, and carries out what follows.
-    fn take_turn(&mut self, first: Option<RaftInput>, now: Instant) -> Result<Flow, RaftFailure> {
+    pub(crate) fn take_turn(
+        &mut self,
+        first: Option<RaftInput>,
+        now: Instant,
+    ) -> Result<Flow, RaftFailure> {
         let mut next = first;
         for _ in 0..INPUTS_PER_TURN {
             let Some(input) = next.take().or_else(|| self.parts.mailbox.try_recv().ok()) else {
@@ -492,7 +497,7 @@ impl RaftThread {
                 }
             }
             for read in reads {
-                if let Some(asked_at) = self.reads.confirm(read.context, read.index) {
+                if let Some(asked_at) = self.reads.confirm(read.context, read.index, now) {
                     self.parts.published.set_confirmed(asked_at);
                 }
             }
@@ -539,6 +544,12 @@ impl RaftThread {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: a round that starts over has the context of the one before.
+    pub(crate) static REUSES_CONTEXTS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 /// A round of ReadIndex that is under way.
 struct Round {
     context: [u8; 24],
@@ -555,21 +566,34 @@ struct Reads {
     round: Option<Round>,
     member: u64,
     boot: u64,
+    /// A round that takes longer is asked again.
+    patience: Duration,
+    patience_max: Duration,
     /// Rounds so far. With member and boot it makes a context that is never used again.
     rounds: u64,
 }
 
 impl Reads {
-    fn new(member: u64, boot: u64) -> Reads {
-        Reads { term_index: None, queue: Vec::new(), round: None, member, boot, rounds: 0 }
+    fn new(member: u64, boot: u64, patience_max: Duration) -> Reads {
+        Reads {
+            term_index: None,
+            queue: Vec::new(),
+            round: None,
+            patience: READ_INDEX_RETRY,
+            patience_max: patience_max.max(READ_INDEX_RETRY),
+            member,
+            boot,
+            rounds: 0,
+        }
     }
 
     /// Starts a round for all who wait, when none is under way. Whether one took too long and
     /// was given up for that.
     fn ask(&mut self, node: &mut Node, now: Instant) -> bool {
-        let is_late = |round: &Round| now - round.since >= READ_INDEX_RETRY;
+        let is_late = |round: &Round| now - round.since >= self.patience;
         let gave_up = self.round.as_ref().is_some_and(is_late);
         if gave_up {
+            self.patience = (2 * self.patience).min(self.patience_max);
             self.start_over();
         }
         if self.round.is_some() {
@@ -592,12 +616,18 @@ impl Reads {
     fn start_over(&mut self) {
         if let Some(round) = self.round.take() {
             self.queue.extend(round.waiting);
+            #[cfg(test)]
+            if REUSES_CONTEXTS.get() {
+                self.rounds -= 1;
+            }
         }
     }
 
     /// A round has its answer; returns when it was asked for.
-    fn confirm(&mut self, context: [u8; 24], index: u64) -> Option<Instant> {
+    fn confirm(&mut self, context: [u8; 24], index: u64, now: Instant) -> Option<Instant> {
         let round = self.round.take_if(|round| round.context == context)?;
+        let took = now.saturating_duration_since(round.since);
+        self.patience = (2 * took).clamp(READ_INDEX_RETRY, self.patience_max);
         for reply in round.waiting {
             let _ = reply.send(index);
         }

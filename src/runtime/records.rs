@@ -91,6 +91,12 @@ pub fn fill(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
     write_in_batches(storage, cut, 0, true)
 }
 
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: the applied index is written apart from what it speaks of.
+    pub(crate) static HEAD_APART: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 fn write_in_batches(
     storage: &mut dyn Storage,
     cut: &Cut,
@@ -98,6 +104,11 @@ fn write_in_batches(
     splits_leases: bool,
 ) -> Result<(), StorageError> {
     let mut batch = Batch::new();
+    #[cfg(test)]
+    if HEAD_APART.get() {
+        batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
+        storage.write(std::mem::take(&mut batch))?;
+    }
     let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
     for (revision, tombstone, kv) in records {
         batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));

@@ -250,8 +250,20 @@ pub enum OpenError {
 pub fn is_new(place: &Place) -> Result<bool, OpenError> {
     match place {
         Place::Memory => Ok(true),
-        Place::Disk { data_dir, .. } => Ok(DiskGenerations::is_new(&data_dir.join("member"))?),
+        Place::Disk { data_dir, .. } => {
+            check_directory(data_dir)?;
+            Ok(DiskGenerations::is_new(&data_dir.join("member"))?)
+        }
     }
+}
+
+/// Whether the data directory is one, or not there yet.
+fn check_directory(data_dir: &Path) -> Result<(), OpenError> {
+    if data_dir.exists() && !data_dir.is_dir() {
+        let error = io::Error::from(io::ErrorKind::NotADirectory);
+        return Err(OpenError::Directory { path: data_dir.to_owned(), flag: "data-dir", error });
+    }
+    Ok(())
 }
 
 /// Reads a member back, or makes a new one. Blocks on the disk, and, when URLs with names
@@ -271,14 +283,7 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 member_dir,
                 fsync: *fsync,
             };
-            if data_dir.exists() && !data_dir.is_dir() {
-                let error = io::Error::from(io::ErrorKind::NotADirectory);
-                return Err(OpenError::Directory {
-                    path: data_dir.clone(),
-                    flag: "data-dir",
-                    error,
-                });
-            }
+            check_directory(data_dir)?;
             if disk.member_dir.join("snap").join("db").exists() {
                 return Err(OpenError::ForeignData(data_dir.clone()));
             }
@@ -455,7 +460,10 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
 }
 
 /// The state of a new member: of a cluster that begins, or of one that it joins.
-fn first_state(bootstrap: &Bootstrap, data_dir: &Path) -> Result<StateMachine, OpenError> {
+pub(crate) fn first_state(
+    bootstrap: &Bootstrap,
+    data_dir: &Path,
+) -> Result<StateMachine, OpenError> {
     let version = bootstrap.cluster_version.clone();
     let initial = &bootstrap.initial_cluster;
     if bootstrap.joins {
@@ -511,11 +519,11 @@ fn begin_log(
     Ok(())
 }
 
-fn identity(state: &StateMachine) -> Identity {
+pub(crate) fn identity(state: &StateMachine) -> Identity {
     Identity { cluster_id: state.members().cluster_id(), member_id: state.member_id() }
 }
 
-fn start(state: &StateMachine, recovered: Recovered) -> Start {
+pub(crate) fn start(state: &StateMachine, recovered: Recovered) -> Start {
     // Nobody, of one that is yet to be sent the state: with others, it might vote or campaign
     // as if it knew who they are.
     let (voters, learners) = state.configuration_members();

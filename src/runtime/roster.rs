@@ -7,7 +7,6 @@ use parking_lot::RwLock;
 
 use super::fault::Fault;
 use super::published::Published;
-use crate::error::Error;
 use crate::net::{PeerAddress, Peers};
 use crate::state::StateMachine;
 
@@ -36,7 +35,7 @@ impl Roster {
             self.connect();
             if self.is_removed() {
                 tokio::time::sleep(FAREWELL).await;
-                self.fault.raise("membership", Error::MemberRemoved);
+                self.fault.raise_removal();
                 return;
             }
             if changes.changed().await.is_err() {

@@ -8,16 +8,17 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
 use super::{StartError, discover};
 use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
-use crate::engine::{Engine, Limits, Parts, PeerFace, Versions};
+use crate::engine::{Engine, Limits, Parts, Versions};
 use crate::error::Error;
 use crate::log::{Identity, Mark};
 use crate::metrics::Metrics;
@@ -49,6 +50,9 @@ use crate::runtime::timing::SyncTimes;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
+
+/// A member that could not tell the cluster who it is tries again after this.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 
 /// A member without its sockets.
 pub(super) struct Member {
@@ -328,7 +332,8 @@ impl Member {
         Ok(self.engine.check_initially().await?)
     }
 
-    /// Waits until the member has a leader and has told the cluster who it is.
+    /// Waits until the member has a leader and has told the cluster who it is, however long
+    /// that takes: who begins with a snapshot does not hear what became of its command.
     pub(super) async fn ready(
         &self,
         config: &Config,
@@ -340,7 +345,20 @@ impl Member {
             _ = leader => {}
             fatal = self.fault.wait() => return Err(fatal.into()),
         }
-        self.engine.publish(config.name.clone(), client_urls).await.map_err(StartError::Publish)
+        loop {
+            let published = self.engine.publish(config.name.clone(), client_urls.clone()).await;
+            match published {
+                Ok(()) => return Ok(()),
+                Err(error) if self.fault.get().is_none() && error != Error::Stopped => {
+                    // etcd tries for as long as it takes: the others may be starting, too.
+                    tracing::warn!(%error, "failed to publish the member; trying again");
+                    tokio::time::sleep(PUBLISH_PAUSE).await;
+                }
+                Err(error) => {
+                    return Err(self.fault.get().map_or(StartError::Publish(error), Into::into));
+                }
+            }
+        }
     }
 }
 
@@ -357,14 +375,13 @@ fn peers(
         let (id, is_broken) = match event {
             PeerEvent::Broken(id) => (id, true),
             PeerEvent::Unreachable(id) => (id, false),
-            PeerEvent::Removed => return fault.raise("membership", Error::MemberRemoved),
+            PeerEvent::Removed => return fault.raise_removal(),
         };
         // A member that stops has no use for it.
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });
     };
     let Identity { cluster_id, member_id } = identity;
-    let runtime = Handle::current();
-    Peers::new(cluster_id, member_id, connector, Arc::new(events), runtime, Arc::clone(metrics))
+    Peers::new(cluster_id, member_id, connector, Arc::new(events), Arc::clone(metrics))
 }
 
 /// Where snapshots of other members arrive, which then go to raft.
@@ -510,8 +527,6 @@ fn retention(config: &Config) -> Option<Retention> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

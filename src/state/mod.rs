@@ -15,4 +15,6 @@ pub mod reconfig;
 pub mod rolling;
 pub mod txn;
 
+#[cfg(test)]
+pub(crate) use machine::TRUSTS_STALE_LEADERS;
 pub use machine::{Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine};

@@ -187,7 +187,6 @@ impl Sender {
             Arc::new(move |event| {
                 let _ = sender.send(event);
             }),
-            tokio::runtime::Handle::current(),
             Arc::clone(&metrics),
         );
         peers.update(&[address(B, &["http://127.0.0.1:1"]), address(A, urls)]);

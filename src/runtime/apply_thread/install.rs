@@ -13,11 +13,9 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
-use std::time::Instant;
 
 use super::{ApplyThread, Progress};
 use crate::error::Error;
-use crate::runtime::raft_thread::RaftInput;
 use crate::runtime::rolling_hashes::At;
 use crate::state::StateMachine;
 
@@ -64,11 +62,10 @@ impl ApplyThread {
         progress.entries.retain(|entry| entry.index > applied.index);
         // What it holds of compacted versions is to be removed like after a start.
         progress.removal = None;
-        progress.compact_at = Some(Instant::now() + self.pace.pause);
+        progress.compact_at = Some(tokio::time::Instant::now() + self.pace.pause);
         self.feed.publish(revision, revision, Arc::default());
         self.waiters.fail_all(&Error::Timeout);
-        // The raft thread outlives this one, or is gone and does not care.
-        let _ = self.raft.send(RaftInput::Applied(applied.index));
+        // Raft hears of it from the log thread: for raft nothing is applied that is not persisted.
         let _ = done.send(());
         // Takes a while, and everybody goes on meanwhile.
         drop(old);

@@ -11,7 +11,7 @@
 //! checkpoint, and no cut of the new state before the log has begun anew: it would take away
 //! the mark `installed` by which recovery knows that step 4 is missing.
 
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -45,21 +45,35 @@ pub struct Install {
     pub done: oneshot::Sender<()>,
 }
 
+/// An installation that waits for the apply thread, or for the log thread. Neither of them
+/// waits for this one. A thread that is gone drops its end: the server stops, or has failed
+/// elsewhere, and the next start makes up for the rest.
+pub(crate) struct Installing {
+    mark: Mark,
+    /// What the log thread has yet to be told.
+    log: Option<(HardState, u64)>,
+    pub(crate) wait: Receiver<()>,
+    done: oneshot::Sender<()>,
+}
+
 /// The next checkpoint, and the state that it holds.
 type Filled = (Box<dyn Storage>, StateMachine);
 
 impl CheckpointThread {
-    /// Carries out all steps; `false` when the server stops meanwhile. Blocks until the apply
-    /// thread and the log thread have done their part: neither of them waits for this one.
-    pub(super) fn install(&mut self, install: Install) -> Result<bool, CheckpointError> {
+    /// Puts the checkpoint in force, and has the apply thread replace the state. `None` when
+    /// the server stops meanwhile.
+    pub(super) fn begin_install(
+        &mut self,
+        install: Install,
+    ) -> Result<Option<Installing>, CheckpointError> {
         let Install { mut spool, mark, hard_state, number, done } = install;
-        let Some((next, state)) = self.fill_next(&mut spool, mark)? else { return Ok(false) };
+        let Some((next, state)) = self.fill_next(&mut spool, mark)? else { return Ok(None) };
         while let Err(error) = self.generations.switch() {
             if !error.is_full() {
                 return Err(error.into());
             }
             if !self.wait_for_room(&spool) {
-                return Ok(false);
+                return Ok(None);
             }
         }
         drop(spool);
@@ -76,23 +90,43 @@ impl CheckpointThread {
         self.durable_index = mark.index;
         self.durable_revision = state.store().revision();
 
-        // A thread that is gone drops its end: the server stops, or has failed elsewhere. The
-        // next start makes up for the rest.
         let (replaced, wait) = sync_channel(1);
         let replacement = Replacement { state, done: replaced };
         let _ = self.apply.send(ApplyTask::Install(Box::new(replacement)));
-        if wait.recv().is_err() {
-            return Ok(false);
+        let log = Some((hard_state, number));
+        Ok(Some(Installing { mark, log, wait, done }))
+    }
+
+    /// Waits until an installation is done; `false` when the server stops meanwhile.
+    pub(super) fn finish_install(&self, installing: Installing) -> bool {
+        let mut under_way = Some(installing);
+        while let Some(installing) = under_way {
+            if installing.wait.recv().is_err() {
+                return false;
+            }
+            under_way = self.go_on_installing(installing);
         }
+        true
+    }
+
+    #[cfg(test)]
+    fn install(&mut self, install: Install) -> Result<bool, CheckpointError> {
+        let begun = self.begin_install(install)?;
+        Ok(begun.is_some_and(|installing| self.finish_install(installing)))
+    }
+
+    /// What was waited for is done: has the log begin anew, or says that all is.
+    pub(crate) fn go_on_installing(&self, installing: Installing) -> Option<Installing> {
+        let Installing { mark, log, done, .. } = installing;
+        let Some((hard_state, number)) = log else {
+            tracing::info!(index = mark.index, term = mark.term, "installed a snapshot");
+            // The sender may have gone.
+            let _ = done.send(());
+            return None;
+        };
         let (begun, wait) = sync_channel(1);
         let _ = self.log.send(LogTask::Install { start: mark, hard_state, number, done: begun });
-        if wait.recv().is_err() {
-            return Ok(false);
-        }
-        tracing::info!(index = mark.index, term = mark.term, "installed a snapshot");
-        // The sender may have gone.
-        let _ = done.send(());
-        Ok(true)
+        Some(Installing { mark, log: None, wait, done })
     }
 
     /// The next checkpoint with the image in it, and the state that it holds. `None` when the

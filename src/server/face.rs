@@ -1,22 +1,22 @@
-//! What this member does for others: the calls of its peers, and its calls to the leader.
+//! A member as its peers see it: what their calls come to.
 
 use std::pin::Pin;
 use std::sync::mpsc::Sender;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::oneshot;
 use tokio_stream::Stream;
-use tonic::{Response, Status, Streaming};
+use tonic::{Status, Streaming};
 
-use super::Engine;
+use crate::engine::Engine;
 use crate::error::Error;
 use crate::metrics::PeerMetrics;
 use crate::net::identity::Identity;
 use crate::net::snapshot::Incoming;
-use crate::net::{Client, Receiver, SnapshotReplies, refusal};
+use crate::net::{Receiver, SnapshotReplies};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
     Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, RollingHash,
@@ -27,18 +27,15 @@ use crate::runtime::forwarder::told;
 use crate::runtime::proposer::change_of;
 use crate::runtime::raft_thread::{Proposal, RaftInput};
 
-/// A call to the leader that failed is tried again after this; etcd's value.
-const RETRY_PAUSE: Duration = Duration::from_millis(50);
-
-/// A member as its peers see it.
-pub(crate) struct PeerFace {
+/// See the module documentation.
+pub(super) struct PeerFace {
     engine: Engine,
     raft: Sender<RaftInput>,
     snapshots: Incoming,
 }
 
 impl PeerFace {
-    pub(crate) fn new(engine: Engine, raft: Sender<RaftInput>, snapshots: Incoming) -> PeerFace {
+    pub(super) fn new(engine: Engine, raft: Sender<RaftInput>, snapshots: Incoming) -> PeerFace {
         PeerFace { engine, raft, snapshots }
     }
 }
@@ -46,12 +43,12 @@ impl PeerFace {
 #[tonic::async_trait]
 impl Receiver for PeerFace {
     fn identity(&self) -> Identity {
-        let parts = &self.engine.parts;
-        Identity { cluster_id: parts.cluster_id, member_id: parts.member_id }
+        let header = self.engine.header();
+        Identity { cluster_id: header.cluster_id, member_id: header.member_id }
     }
 
     fn is_removed(&self, member: u64) -> bool {
-        self.engine.parts.state.read().members().is_removed(member)
+        self.engine.is_removed(member)
     }
 
     fn messages(&self, _from: u64, messages: Vec<Bytes>) {
@@ -63,7 +60,7 @@ impl Receiver for PeerFace {
 
     fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
         let replies = Box::pin(self.snapshots.receive(chunks));
-        let metrics = self.engine.parts.peers.metrics(from);
+        let metrics = self.engine.metrics().peer(self.engine.member_id(), from);
         metrics.snapshot_receive_inflights.inc();
         Box::pin(Counted { replies, metrics, began: Instant::now(), is_done: false })
     }
@@ -122,15 +119,16 @@ impl Receiver for PeerFace {
     }
 
     fn rolling_hashes(&self, request: RollingHashesRequest) -> RollingHashesResponse {
-        let hashes = &self.engine.parts.rolling_hashes;
-        let known = |index| hashes.get(index).map(|hash| RollingHash { index, hash });
+        let known = |index| {
+            let hash = self.engine.rolling_hash(index)?;
+            Some(RollingHash { index, hash })
+        };
         RollingHashesResponse { hashes: request.indexes.into_iter().filter_map(known).collect() }
     }
 
     async fn members(&self) -> Result<MembersResponse, Error> {
-        let parts = &self.engine.parts;
-        let members = parts.state.read().members().records();
-        Ok(MembersResponse { cluster_id: parts.cluster_id, members })
+        let cluster_id = self.identity().cluster_id;
+        Ok(MembersResponse { cluster_id, members: self.engine.member_records() })
     }
 }
 
@@ -166,56 +164,4 @@ impl Drop for Counted {
 
 fn refused(sequence: u64, why: Refused) -> Refusal {
     Refusal { sequence, reason: told(why).into() }
-}
-
-impl Engine {
-    /// Has the leader answer: this member by `here` when it leads, another one by `there`. Waits
-    /// for a leader, and asks again when the one that was asked is no more, for as long as a
-    /// request may take.
-    pub(super) async fn at_leader<T, Here, There>(
-        &self,
-        here: impl Fn() -> Here,
-        there: impl Fn(Client) -> There,
-    ) -> Result<T, Error>
-    where
-        Here: Future<Output = Result<T, Error>>,
-        There: Future<Output = Result<Response<T>, Status>>,
-    {
-        let deadline = Instant::now() + self.request_timeout();
-        let mut role = self.parts.published.role.subscribe();
-        let mut stopped = self.parts.published.stopped.subscribe();
-        loop {
-            let leader = tokio::select! {
-                role = role.wait_for(|role| role.leader != 0) => {
-                    role.map_err(|_| Error::Stopped)?.leader
-                }
-                _ = stopped.wait_for(|stopped| *stopped) => return Err(Error::Stopped),
-                () = tokio::time::sleep_until(deadline.into()) => return Err(Error::Timeout),
-            };
-            let asked = async {
-                if leader == self.parts.member_id {
-                    return here().await;
-                }
-                let client = self.parts.peers.client(leader).ok_or(Error::NotLeader)?;
-                match there(client).await {
-                    Ok(response) => Ok(response.into_inner()),
-                    Err(status) => Err(refusal::error(&status).unwrap_or(Error::NotLeader)),
-                }
-            };
-            match tokio::time::timeout_at(deadline.into(), asked).await {
-                Err(_) => return Err(Error::Timeout),
-                Ok(Err(Error::NotLeader | Error::NoLeader | Error::LeaderChanged)) => {
-                    if Instant::now() + RETRY_PAUSE >= deadline {
-                        return Err(Error::Timeout);
-                    }
-                    tokio::time::sleep(RETRY_PAUSE).await;
-                }
-                // That the leader stops is no reason to stop here.
-                Ok(Err(Error::Stopped)) if leader != self.parts.member_id => {
-                    tokio::time::sleep(RETRY_PAUSE).await;
-                }
-                Ok(answered) => return answered,
-            }
-        }
-    }
 }
