@@ -38,7 +38,7 @@ use tokio::sync::{oneshot, watch};
 
 use crate::error::Error;
 use crate::lease::{self, Lease};
-use crate::metrics::{Metrics, Op, PeerMetrics};
+use crate::metrics::{Metrics, Op};
 use crate::mvcc::Store;
 use crate::net::{Client, Peers, refusal};
 use crate::pb::etcdserverpb::*;
@@ -410,11 +410,6 @@ impl Engine {
     /// All members, as they are recorded.
     pub(crate) fn member_records(&self) -> Vec<MemberRecord> {
         self.parts.state.read().members().records()
-    }
-
-    /// What is counted of a peer.
-    pub(crate) fn peer_metrics(&self, id: u64) -> PeerMetrics {
-        self.parts.peers.metrics(id)
     }
 
     /// The rolling hash of everything applied up to an index, if it is remembered.

@@ -60,7 +60,7 @@ impl Receiver for PeerFace {
 
     fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
         let replies = Box::pin(self.snapshots.receive(chunks));
-        let metrics = self.engine.peer_metrics(from);
+        let metrics = self.engine.metrics().peer(self.engine.member_id(), from);
         metrics.snapshot_receive_inflights.inc();
         Box::pin(Counted { replies, metrics, began: Instant::now(), is_done: false })
     }
