@@ -199,9 +199,10 @@ fn a_crash_at_any_step_leaves_the_old_state_or_the_new() {
         let goes_on = bench.thread.install(install).expect("installed");
         assert_eq!(goes_on, works == Works::ApplyAndLog);
         assert_eq!(in_force.try_recv().is_ok(), goes_on);
-        let is_persisted = |input: &RaftInput| matches!(input, RaftInput::Persisted(_));
-        let persisted = bench.persisted.try_iter().filter(is_persisted).count();
-        assert_eq!(persisted, usize::from(goes_on), "raft hears of it once, and last");
+        let heard: Vec<RaftInput> = bench.persisted.try_iter().collect();
+        let in_order = matches!(heard[..], [RaftInput::Persisted(_), RaftInput::Applied(50)]);
+        assert_eq!(in_order, goes_on, "raft hears of it last, and in this order: {heard:?}");
+        assert_eq!(heard.is_empty(), !goes_on);
         bench.end();
         // The first start completes it, and the second finds it complete.
         assert_recovers(dir.path(), 50, &other_state(50));
