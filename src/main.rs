@@ -9,6 +9,7 @@ mod logging;
 mod memory;
 mod systemd;
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -17,12 +18,20 @@ use kvorum::{Fatal, Server, StartError, config};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 
+/// What etcd has no flag for: how fast a snapshot is sent to a member that fell behind.
+const SNAPSHOT_LIMIT: &str = "KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC";
+
 fn main() -> ExitCode {
     match config::parse(std::env::args_os().skip(1), std::env::vars_os()) {
         // Standard output may be a closed pipe: nothing is lost that anybody waits for.
         Outcome::Print(text) => drop(io::stdout().write_all(text.as_bytes())),
         Outcome::Fail { message, exit_code } => return fail(&message, exit_code),
-        Outcome::Run { config, notices } => {
+        Outcome::Run { mut config, notices } => {
+            let limit = std::env::var_os(SNAPSHOT_LIMIT);
+            match limit.as_deref().map_or(Ok(0), bytes_per_sec) {
+                Ok(limit) => config.snapshot_send_bytes_per_sec = limit,
+                Err(message) => return fail(&message, 1),
+            }
             match logging::subscriber(config.log_level, config.log_format, &config.log_outputs) {
                 Ok(subscriber) => drop(tracing::subscriber::set_global_default(subscriber)),
                 Err(message) => return fail(&format!("{message}\n"), 1),
@@ -42,6 +51,16 @@ fn main() -> ExitCode {
 fn fail(message: &str, exit_code: u8) -> ExitCode {
     let _ = io::stderr().write_all(message.as_bytes());
     ExitCode::from(exit_code)
+}
+
+fn bytes_per_sec(value: &OsStr) -> Result<u64, String> {
+    let number = value.to_str().and_then(|value| value.parse().ok());
+    number.ok_or_else(|| {
+        format!(
+            "{SNAPSHOT_LIMIT}={}: give a number of bytes per second, or 0 for no limit\n",
+            value.display()
+        )
+    })
 }
 
 fn run(config: Config) -> Result<(), Box<dyn std::error::Error>> {

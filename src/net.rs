@@ -50,7 +50,7 @@ use tonic::transport::Channel;
 
 use self::identity::Caller;
 use self::link::Link;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, PeerMetrics};
 use crate::pb::kvorumpb::peer_client::PeerClient;
 
 pub use self::queue::{
@@ -182,6 +182,16 @@ impl Peers {
     /// `None` for a member that is unknown or whose URLs are unusable.
     pub fn client(&self, to: u64) -> Option<Client> {
         self.inner.links.read().get(&to)?.client()
+    }
+
+    /// Whether there is nobody else.
+    pub fn is_empty(&self) -> bool {
+        self.inner.links.read().is_empty()
+    }
+
+    /// The series about a member.
+    pub fn metrics(&self, id: u64) -> PeerMetrics {
+        self.inner.shared.metrics.peer(self.inner.shared.member_id, id)
     }
 
     /// Since when messages have reached the member without a break; `None` while they do not.

@@ -18,7 +18,7 @@
 //! calls under way get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
 #[cfg(test)]
-mod corruption;
+mod corruption_tests;
 pub mod discover;
 mod face;
 mod member;

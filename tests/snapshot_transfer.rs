@@ -133,7 +133,9 @@ async fn a_state_arrives_as_it_was_though_interrupted_twice() {
     let dir = tempfile::tempdir().unwrap();
     let (sender, mut arrived) = mpsc::unbounded_channel();
     let deliver = move |image| drop(sender.send(image));
-    let incoming = Incoming::open(Some(&dir.path().join("snap")), Arc::new(deliver)).unwrap();
+    let incoming =
+        Incoming::open(Some(&dir.path().join("snap")), Arc::new(|_| true), Arc::new(deliver))
+            .unwrap();
     let whole = mib << 20;
     let mut image = Lossy { source, at: whole / 3 };
     for next in [whole / 3 * 2, u64::MAX] {

@@ -161,12 +161,16 @@ macro_rules! flags {
             /// Keep everything in memory and touch no file: for tests and for programs that
             /// embed the server. Everything is lost when it stops. It has no flag.
             pub in_memory: bool,
+            /// Bytes per second that are sent of a snapshot to one member that fell behind; 0: as
+            /// fast as it goes. It has no flag, since etcd has none; the binary takes it from
+            /// `KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC`.
+            pub snapshot_send_bytes_per_sec: u64,
         }
 
         impl Default for Config {
             /// What etcd does when it is told nothing.
             fn default() -> Config {
-                Config { $($($field: $default,)*)* in_memory: false }
+                Config { $($($field: $default,)*)* in_memory: false, snapshot_send_bytes_per_sec: 0 }
             }
         }
 

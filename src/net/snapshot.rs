@@ -244,6 +244,10 @@ pub struct Arrived {
 /// Takes an image that arrived. Must not block.
 pub type Deliver = Arc<dyn Fn(Arrived) + Send + Sync>;
 
+/// Whether there is room for an image of which so many bytes have arrived, and for what is made
+/// of it. Asked for every chunk.
+pub type HasRoom = Arc<dyn Fn(u64) -> bool + Send + Sync>;
+
 /// The receiving side. Clones are the same.
 #[derive(Clone)]
 pub struct Incoming {
@@ -252,6 +256,7 @@ pub struct Incoming {
 
 struct Inner {
     spools: Spools,
+    has_room: HasRoom,
     deliver: Deliver,
     /// The images that are arriving, or of which a part is kept; the oldest first.
     slots: Mutex<Vec<Arc<Slot>>>,
@@ -274,9 +279,10 @@ impl Incoming {
     ///
     /// # Errors
     /// What the disk says.
-    pub fn open(dir: Option<&Path>, deliver: Deliver) -> io::Result<Incoming> {
+    pub fn open(dir: Option<&Path>, has_room: HasRoom, deliver: Deliver) -> io::Result<Incoming> {
         let spools = Spools::open(dir)?;
-        Ok(Incoming { inner: Arc::new(Inner { spools, deliver, slots: Mutex::default() }) })
+        let inner = Inner { spools, has_room, deliver, slots: Mutex::default() };
+        Ok(Incoming { inner: Arc::new(inner) })
     }
 
     /// Takes an image from `chunks`, in a task of its own; what is returned is what the sender
@@ -367,6 +373,13 @@ impl Incoming {
             *slot.touched.lock() = Instant::now();
             match part {
                 Some(Part::Data(data)) => {
+                    let expected = held.as_ref().map_or(0, Spool::len) + data.len() as u64;
+                    if !(self.inner.has_room)(expected) {
+                        // What there is of it takes space, and would be kept for a while.
+                        *held = None;
+                        self.remove(slot);
+                        return Err(no_room());
+                    }
                     // It stays in the slot if this is given up meanwhile.
                     let appending = tokio::task::spawn_blocking(move || {
                         let appended = held.as_mut().map(|spool| spool.append(data));
@@ -476,6 +489,12 @@ async fn with_signs_of_life<W: Future>(
 
 fn disk(error: &io::Error) -> Status {
     Status::unavailable(format!("cannot keep the snapshot: {error}"))
+}
+
+fn no_room() -> Status {
+    Status::resource_exhausted(
+        "kvorum: the disk of the member that fell behind has no room for a snapshot: give it more",
+    )
 }
 
 fn too_many() -> Status {

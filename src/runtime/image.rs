@@ -279,6 +279,18 @@ pub enum FillError {
     Stopped,
 }
 
+impl FillError {
+    /// Whether the disk has no space left: the same may succeed once it has.
+    pub fn is_full(&self) -> bool {
+        match self {
+            FillError::Storage(error) | FillError::Records(RecoverError::Storage(error)) => {
+                error.is_full()
+            }
+            _ => false,
+        }
+    }
+}
+
 /// Fills an empty checkpoint with an image, and reads back what then is in there. The image
 /// becomes this member's: its head names `member_id`, and says that it was installed. Durable
 /// on return, if the checkpoint then is made to count. `is_stopped` is asked now and then.

@@ -7,9 +7,11 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender};
+use std::time::Instant;
 
 use super::fault::Fault;
 use super::raft_thread::{Flow, RaftInput};
+use super::timing::SyncTimes;
 use crate::log::{HardState, LogError, LogStore, Mark};
 use crate::metrics::Metrics;
 use crate::raft::Append;
@@ -51,6 +53,10 @@ pub struct LogThread {
     pub raft: Sender<RaftInput>,
     /// Where a fatal error goes.
     pub fault: Fault,
+    /// Whether elections suit the disk.
+    pub sync_times: SyncTimes,
+    /// Asked whether there are other members: one that is alone has no elections to lose.
+    pub has_peers: Box<dyn Fn() -> bool + Send>,
     /// Sync times and bytes.
     pub metrics: Arc<Metrics>,
 }
@@ -108,6 +114,11 @@ impl LogThread {
             self.metrics
                 .disk_wal_write_duration_seconds
                 .observe(stats.write_duration.as_secs_f64());
+            if (self.has_peers)()
+                && let Some(advice) = self.sync_times.note(stats.fsync_duration, Instant::now())
+            {
+                tracing::warn!("{advice}");
+            }
             let written = i64::try_from(stats.bytes).unwrap_or(i64::MAX);
             self.metrics.disk_wal_write_bytes_total.add(written);
             // The raft thread stops before this one does; then nobody waits.

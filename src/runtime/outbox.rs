@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Instant;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -133,10 +134,21 @@ impl Shared {
         let Some(client) = self.peers.client(to) else { return false };
         let member = format!("{to:x}");
         tracing::info!(member, index = mark.index, "sending a snapshot");
+        let metrics = self.peers.metrics(to);
+        let began = Instant::now();
+        metrics.snapshot_send_inflights.inc();
         let sent = snapshot::send(client, &mut source, message, self.bytes_per_sec).await;
+        metrics.snapshot_send_inflights.dec();
         match &sent {
-            Ok(()) => tracing::info!(member, index = mark.index, "a snapshot is in force"),
-            Err(error) => tracing::warn!(member, %error, "a snapshot was not taken"),
+            Ok(()) => {
+                metrics.snapshot_send_success.inc();
+                metrics.snapshot_send_seconds.observe(began.elapsed().as_secs_f64());
+                tracing::info!(member, index = mark.index, "a snapshot is in force");
+            }
+            Err(error) => {
+                metrics.snapshot_send_failures.inc();
+                tracing::warn!(member, %error, "a snapshot was not taken");
+            }
         }
         let is_in_force = sent.is_ok();
         self.images.ended(to, source, &sent);

@@ -302,7 +302,9 @@ impl RaftThread {
             self.take(input, now)?;
         }
         self.pass_time(now);
-        self.reads.ask(&mut self.parts.node, now);
+        if self.reads.ask(&mut self.parts.node, now) {
+            self.parts.metrics.server_slow_read_indexes_total.inc();
+        }
         self.carry_out(now)?;
         Ok(Flow::GoOn)
     }
@@ -315,6 +317,16 @@ impl RaftThread {
             .unsynced
             .front()
             .map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since));
+        // Heartbeats leave with ticks. As in etcd, one that is a whole interval late counts.
+        let leads =
+            self.parts.published.role.borrow().is_leader && !self.parts.node.is_only_voter();
+        if leads && now.saturating_duration_since(self.next_tick) > self.parts.tick {
+            self.parts.metrics.server_heartbeat_send_failures_total.inc();
+            tracing::warn!(
+                late = ?now.saturating_duration_since(self.next_tick),
+                "leader failed to send out heartbeat on time; took too long, leader is overloaded"
+            );
+        }
         let mut ticks = 0;
         while self.next_tick <= now && ticks < CATCH_UP_TICKS_MAX {
             if self.is_fit_to_lead(hangs_for) {
@@ -575,18 +587,21 @@ impl Reads {
         }
     }
 
-    /// Starts a round for all who wait, when none is under way.
-    fn ask(&mut self, node: &mut Node, now: Instant) {
-        if self.round.as_ref().is_some_and(|round| now - round.since >= self.patience) {
+    /// Starts a round for all who wait, when none is under way. Whether one took too long and
+    /// was given up for that.
+    fn ask(&mut self, node: &mut Node, now: Instant) -> bool {
+        let is_late = |round: &Round| now - round.since >= self.patience;
+        let gave_up = self.round.as_ref().is_some_and(is_late);
+        if gave_up {
             self.patience = (2 * self.patience).min(self.patience_max);
             self.start_over();
         }
         if self.round.is_some() {
-            return;
+            return gave_up;
         }
         self.queue.retain(|reply| !reply.is_closed());
         if self.queue.is_empty() {
-            return;
+            return gave_up;
         }
         self.rounds += 1;
         let context = context(self.member, self.boot, self.rounds);
@@ -594,6 +609,7 @@ impl Reads {
             let waiting = std::mem::take(&mut self.queue);
             self.round = Some(Round { context, waiting, since: now });
         }
+        gave_up
     }
 
     /// The round's answer, should it come, is not to be used.

@@ -6,7 +6,8 @@
 //! between members, and etcd's rule for those holds: the heartbeat interval is about one,
 //! the election timeout at least ten.
 
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 /// Round trips that an election timeout has to last for; etcd's advice.
 const ROUND_TRIPS: u32 = 10;
@@ -42,6 +43,48 @@ pub fn advice(fsync: Duration, heartbeat: Duration, election_timeout: Duration) 
     })
 }
 
+/// Syncs that are looked back at.
+const WINDOW_SYNCS: usize = 64;
+/// So many of them must be too slow: one alone may be the disk's housekeeping.
+const SLOW_SYNCS: usize = 3;
+/// The operator is not told more often.
+const TELL_EVERY: Duration = Duration::from_secs(600);
+
+/// The last syncs of the log, and whether the operator should know about them.
+#[derive(Debug)]
+pub struct SyncTimes {
+    heartbeat: Duration,
+    election_timeout: Duration,
+    last: VecDeque<Duration>,
+    told_at: Option<Instant>,
+}
+
+impl SyncTimes {
+    /// Judged by `--heartbeat-interval` and `--election-timeout`.
+    pub fn new(heartbeat: Duration, election_timeout: Duration) -> SyncTimes {
+        SyncTimes { heartbeat, election_timeout, last: VecDeque::new(), told_at: None }
+    }
+
+    /// A sync took `fsync`, and it is `now`. What to tell, if it is time to.
+    pub fn note(&mut self, fsync: Duration, now: Instant) -> Option<String> {
+        if self.last.len() >= WINDOW_SYNCS {
+            self.last.pop_front();
+        }
+        self.last.push_back(fsync);
+        let was_told = self.told_at.is_some_and(|at| now.duration_since(at) < TELL_EVERY);
+        // Most syncs are fast, and need no more than this.
+        if was_told || advice(fsync, self.heartbeat, self.election_timeout).is_none() {
+            return None;
+        }
+        let mut slowest: Vec<Duration> = self.last.iter().copied().collect();
+        slowest.sort_unstable_by(|one, other| other.cmp(one));
+        let usual_slow = *slowest.get(SLOW_SYNCS - 1)?;
+        let text = advice(usual_slow, self.heartbeat, self.election_timeout)?;
+        self.told_at = Some(now);
+        Some(text)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,6 +99,30 @@ mod tests {
         assert_eq!(advice_of(0, 100, 1000), None);
         assert_eq!(advice_of(100, 100, 1000), None);
         assert_eq!(advice_of(100, 500, 5000), None);
+    }
+
+    #[test]
+    fn the_operator_is_told_of_slow_syncs_now_and_then() {
+        let ms = Duration::from_millis;
+        let mut times = SyncTimes::new(ms(100), ms(1000));
+        let mut now = Instant::now();
+        let mut note = |fsync, passed: Duration| {
+            now += passed;
+            times.note(fsync, now)
+        };
+        assert_eq!(note(ms(300), ms(1)), None, "once may happen");
+        assert_eq!(note(ms(5), ms(1)), None);
+        assert_eq!(note(ms(400), ms(1)), None);
+        let text = note(ms(200), ms(1)).expect("the third one");
+        assert!(text.contains("took 200ms"), "{text}");
+        assert_eq!(note(ms(500), ms(1)), None, "it was told");
+        assert_eq!(note(ms(5), TELL_EVERY), None, "it is fast now");
+        let text = note(ms(350), ms(1)).expect("slow again");
+        assert!(text.contains("took 350ms"), "{text}");
+        for _ in 0..WINDOW_SYNCS {
+            assert_eq!(note(ms(5), ms(1)), None);
+        }
+        assert_eq!(note(ms(300), TELL_EVERY), None, "what was slow is long ago");
     }
 
     #[test]

@@ -1,21 +1,26 @@
 //! A member as its peers see it: what their calls come to.
 
+use std::pin::Pin;
 use std::sync::mpsc::Sender;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::oneshot;
-use tonic::Streaming;
+use tokio_stream::Stream;
+use tonic::{Status, Streaming};
 
 use crate::engine::Engine;
 use crate::error::Error;
+use crate::metrics::PeerMetrics;
 use crate::net::identity::Identity;
 use crate::net::snapshot::Incoming;
 use crate::net::{Receiver, SnapshotReplies};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
     Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, RollingHash,
-    RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
+    RollingHashesRequest, RollingHashesResponse, SnapshotChunk, SnapshotProgress,
 };
 use crate::raft::Refused;
 use crate::runtime::forwarder::told;
@@ -53,8 +58,11 @@ impl Receiver for PeerFace {
         }
     }
 
-    fn snapshot(&self, _from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
-        Box::pin(self.snapshots.receive(chunks))
+    fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
+        let replies = Box::pin(self.snapshots.receive(chunks));
+        let metrics = self.engine.metrics().peer(self.engine.member_id(), from);
+        metrics.snapshot_receive_inflights.inc();
+        Box::pin(Counted { replies, metrics, began: Instant::now(), is_done: false })
     }
 
     async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {
@@ -121,6 +129,36 @@ impl Receiver for PeerFace {
     async fn members(&self) -> Result<MembersResponse, Error> {
         let cluster_id = self.identity().cluster_id;
         Ok(MembersResponse { cluster_id, members: self.engine.member_records() })
+    }
+}
+
+/// What the sender of a snapshot is told; counts how it ends.
+struct Counted {
+    replies: SnapshotReplies,
+    metrics: PeerMetrics,
+    began: Instant,
+    is_done: bool,
+}
+
+impl Stream for Counted {
+    type Item = Result<SnapshotProgress, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let next = ready!(self.replies.as_mut().poll_next(context));
+        self.is_done |= matches!(&next, Some(Ok(progress)) if progress.done);
+        Poll::Ready(next)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.metrics.snapshot_receive_inflights.dec();
+        if self.is_done {
+            self.metrics.snapshot_receive_success.inc();
+            self.metrics.snapshot_receive_seconds.observe(self.began.elapsed().as_secs_f64());
+        } else {
+            self.metrics.snapshot_receive_failures.inc();
+        }
     }
 }
 

@@ -45,7 +45,8 @@ use crate::runtime::raft_thread::{RaftInput, RaftParts, RaftThread};
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
 use crate::runtime::rolling_hashes::{At, RollingHashes};
 use crate::runtime::roster::Roster;
-use crate::runtime::space::{Shortage, Space};
+use crate::runtime::space::{self, Shortage, Space};
+use crate::runtime::timing::SyncTimes;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
@@ -224,6 +225,11 @@ impl Member {
             tasks: log_tasks,
             raft: raft_sender.clone(),
             fault: fault.clone(),
+            sync_times: SyncTimes::new(limits.heartbeat, limits.election_timeout),
+            has_peers: {
+                let peers = peers.clone();
+                Box::new(move || !peers.is_empty())
+            },
             metrics: Arc::clone(&metrics),
         };
         threads.front.push(spawn("log", &fault, move || log_thread.run())?);
@@ -257,7 +263,7 @@ impl Member {
                 Arc::new(Images::new(Arc::clone(&state), pins)),
                 raft_sender.clone(),
                 Handle::current(),
-                0,
+                config.snapshot_send_bytes_per_sec,
             )),
             log: log_sender,
             apply: apply_sender,
@@ -389,7 +395,12 @@ fn incoming(place: &Place, raft: &mpsc::Sender<RaftInput>) -> Result<Incoming, S
         // When raft has stopped, the sender hears that it was not taken.
         let _ = raft.send(RaftInput::Snapshot(arrived));
     };
-    Incoming::open(directory.as_deref(), Arc::new(deliver)).map_err(StartError::Snapshots)
+    let has_room = {
+        let directory = directory.clone();
+        move |bytes| directory.as_deref().is_none_or(|at| space::has_room_for_image(at, bytes))
+    };
+    Incoming::open(directory.as_deref(), Arc::new(has_room), Arc::new(deliver))
+        .map_err(StartError::Snapshots)
 }
 
 /// What is on disk, or a new member, with raft's timing.

@@ -47,6 +47,7 @@ use crate::runtime::records;
 use crate::runtime::recover;
 use crate::runtime::rolling_hashes::{At, RollingHashes};
 use crate::runtime::space::Shortage;
+use crate::runtime::timing::SyncTimes;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{HubHandle, WatchConfig, WatchHub};
 use crate::state::StateMachine;
@@ -303,6 +304,8 @@ impl Life {
             tasks: log_tasks,
             raft: to_raft.clone(),
             fault: fault.clone(),
+            sync_times: SyncTimes::new(timing.tick, election_timeout),
+            has_peers: Box::new(|| false),
             metrics: Arc::clone(&metrics),
         };
         let apply = ApplyThread {

@@ -56,9 +56,9 @@ impl RollingHash {
 
     /// A version of a key was written, or its tombstone.
     pub(super) fn record(&mut self, revision: Revision, tombstone: bool, kv: &[u8]) {
-        let place = [revision.main.cast_unsigned(), revision.sub.cast_unsigned()];
-        self.fold(place);
-        self.fold([RECORD | u64::from(tombstone) << 32, sum(kv)]);
+        let kind = RECORD | u64::from(tombstone) << 32;
+        let Revision { main, sub } = revision;
+        self.fold([kind, main.cast_unsigned(), sub.cast_unsigned(), checksum(kv)]);
     }
 
     /// A lease is as in the record now; `None`: it has ended.
@@ -77,7 +77,7 @@ impl RollingHash {
     /// A member is as in the record now; `None`: there is none of this id.
     pub(super) fn member(&mut self, id: u64, member: Option<&MemberRecord>) {
         match member {
-            Some(member) => self.fold([MEMBER, id, sum(&member.encode_to_vec())]),
+            Some(member) => self.fold([MEMBER, id, checksum(&member.encode_to_vec())]),
             None => self.fold([MEMBER_REMOVED, id]),
         }
     }
@@ -95,7 +95,8 @@ impl RollingHash {
 
     fn fold<const N: usize>(&mut self, words: [u64; N]) {
         for word in words {
-            let mixed = (self.0 ^ word).wrapping_mul(MULTIPLIER);
+            // Added, because nothing could be told from nothing multiplied.
+            let mixed = (self.0.wrapping_add(MULTIPLIER) ^ word).wrapping_mul(MULTIPLIER);
             // Multiplication moves differences up only; this brings them down again.
             self.0 = mixed ^ mixed >> 29;
         }
@@ -103,7 +104,7 @@ impl RollingHash {
 }
 
 /// A checksum of some bytes, and how many they are.
-fn sum(bytes: &[u8]) -> u64 {
+fn checksum(bytes: &[u8]) -> u64 {
     (bytes.len() as u64) << 32 | u64::from(crc32c::crc32c(bytes))
 }
 

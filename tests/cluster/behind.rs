@@ -61,8 +61,8 @@ async fn a_member_that_fell_behind_is_sent_the_state_again_and_again() {
     }
 }
 
-/// A watch at a member that stands still goes on where it was, also when the member is sent
-/// the state meanwhile; and one that needs what is compacted is told so.
+/// A watch at a member that stood still goes on where it was, whether the member catches up
+/// from the log or, as mostly, is sent the state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_goes_on_across_a_state_that_was_sent() {
     use rustix::process::Signal;
@@ -80,7 +80,6 @@ async fn a_watch_goes_on_across_a_state_that_was_sent() {
         let key = if write % 100 == 50 { "watched" } else { "other" };
         kv.put(put(key, &write.to_string())).await.unwrap();
     }
-    let installed = cluster[behind].log().matches("installed a snapshot").count();
     // The leader gives up the connection that stands still, and then the entries.
     until("the leader to cut its log", || async {
         cluster[leader].log().contains("compacted Raft logs").then_some(())
@@ -91,8 +90,6 @@ async fn a_watch_goes_on_across_a_state_that_was_sent() {
         assert_eq!(watch.next().await.2, (write * 100 + 50).to_string());
     }
     cluster.equal().await;
-    let now = cluster[behind].log().matches("installed a snapshot").count();
-    eprintln!("snapshots installed: {installed} -> {now}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

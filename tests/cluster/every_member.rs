@@ -96,7 +96,7 @@ async fn every_member_takes_every_request_and_answers_in_its_own_name() {
         assert_eq!(answer.deleted, 1);
         check(answer.header, revision);
         let compaction = pb::CompactionRequest { revision: revision - 1, physical: true };
-        check(kv.compact(compaction.clone()).await.unwrap().into_inner().header, revision);
+        check(kv.compact(compaction).await.unwrap().into_inner().header, revision);
         let again = kv.compact(compaction).await.expect_err("it is compacted");
         assert_eq!(again.message(), "etcdserver: mvcc: required revision has been compacted");
         assert_eq!(again.code(), Code::OutOfRange);

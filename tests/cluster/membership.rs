@@ -41,12 +41,9 @@ impl Mask {
 
 async fn mask(cluster: &Cluster) -> Mask {
     let mut names = Vec::new();
-    let listed = cluster[0].members();
-    let listed = { listed }
-        .member_list(pb::MemberListRequest { linearizable: false })
-        .await
-        .unwrap()
-        .into_inner();
+    let mut members = cluster[0].members();
+    let listed = members.member_list(pb::MemberListRequest { linearizable: false }).await;
+    let listed = listed.unwrap().into_inner();
     let id = |id: u64, name: &str| {
         [(format!("{id:x}"), name.to_owned()), (format!("{id}"), name.to_owned())]
     };

@@ -106,7 +106,7 @@ impl Service<http::Request<tonic::body::Body>> for Direct {
 fn receiver(dir: Option<&Path>) -> (Incoming, mpsc::UnboundedReceiver<Arrived>) {
     let (sender, arrived) = mpsc::unbounded_channel();
     let deliver = move |image| drop(sender.send(image));
-    (Incoming::open(dir, Arc::new(deliver)).expect("opened"), arrived)
+    (Incoming::open(dir, Arc::new(|_| true), Arc::new(deliver)).expect("opened"), arrived)
 }
 
 async fn send_to(incoming: &Incoming, image: &mut Made) -> Result<(), SendError> {
@@ -165,6 +165,20 @@ async fn an_image_arrives_and_is_done_when_it_is_in_force() {
         done.send(()).expect("somebody waits");
         sending.await.expect("no panic").expect("it is in force");
     }
+}
+
+#[tokio::test]
+async fn an_image_is_refused_and_given_up_when_the_disk_has_no_room_for_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let has_room = |bytes| bytes <= 1000;
+    let deliver = |_| panic!("it is not whole");
+    let incoming = Incoming::open(Some(dir.path()), Arc::new(has_room), Arc::new(deliver));
+    let mut sender = ByHand::begin(&incoming.expect("opened"), 1);
+    assert_eq!(sender.received().await, Ok(0));
+    sender.push(Part::Data(vec![0; 1000].into()));
+    sender.push(Part::Data(vec![0; 1].into()));
+    assert_eq!(sender.received().await, Err(Code::ResourceExhausted));
+    assert_eq!(std::fs::read_dir(dir.path()).expect("the directory").count(), 0);
 }
 
 /// Wherever it was interrupted, and wherever the sender then is, what has arrived is not sent

@@ -12,17 +12,23 @@
 //! the mark `installed` by which recovery knows that step 4 is missing.
 
 use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
-use super::{CheckpointError, CheckpointThread, Removed};
+use super::{CheckpointError, CheckpointThread, FULL_RETRY, Removed};
 use crate::log::{HardState, Mark};
 use crate::runtime::apply_thread::{ApplyTask, Replacement};
 use crate::runtime::image::{self, FillError};
 use crate::runtime::log_thread::LogTask;
-use crate::state::StateMachine;
+use crate::runtime::space;
+use crate::state::{Restored, StateMachine};
 use crate::storage::Storage;
 use crate::storage::spool::Spool;
+
+/// While it waits for space the thread looks this often whether the server stops.
+const STOP_POLL: Duration = Duration::from_millis(20);
 
 /// An image that raft has decided to go on from.
 #[derive(Debug)]
@@ -62,9 +68,18 @@ impl CheckpointThread {
     ) -> Result<Option<Installing>, CheckpointError> {
         let Install { mut spool, mark, hard_state, number, done } = install;
         let Some((next, state)) = self.fill_next(&mut spool, mark)? else { return Ok(None) };
+        while let Err(error) = self.generations.switch() {
+            if !error.is_full() {
+                return Err(error.into());
+            }
+            if !self.wait_for_room(&spool) {
+                return Ok(None);
+            }
+        }
         drop(spool);
-
-        self.generations.switch()?;
+        if self.shortage.set_checkpoint_waits(false) {
+            tracing::info!("the disk has space for the snapshot");
+        }
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
         // Closes the one before, and then its space can go.
         self.storage = Some(next);
@@ -125,19 +140,21 @@ impl CheckpointThread {
             let state = self.state.read();
             (state.members().cluster_id(), state.member_id())
         };
-        let mut next = self.generations.begin()?;
-        let is_stopped = || *self.published.stopped.borrow();
-        let filled = image::fill(spool, next.as_mut(), cluster_id, member_id, is_stopped);
-        let restored = match filled {
-            Ok(restored) => restored,
-            Err(error) => {
-                drop(next);
-                self.generations.discard();
-                return match error {
-                    FillError::Stopped => Ok(None),
-                    error => Err(error.into()),
-                };
+        let filled = loop {
+            if self.has_room(spool) {
+                match self.fill_once(spool, cluster_id, member_id) {
+                    Err(error) if error.is_full() => {}
+                    filled => break filled,
+                }
             }
+            if !self.wait_for_room(spool) {
+                return Ok(None);
+            }
+        };
+        let (next, restored) = match filled {
+            Ok(filled) => filled,
+            Err(FillError::Stopped) => return Ok(None),
+            Err(error) => return Err(error.into()),
         };
         let state = StateMachine::restore(restored);
         if state.applied() != mark || mark.index <= self.durable_index {
@@ -147,6 +164,51 @@ impl CheckpointThread {
             return Err(FillError::OtherIndex { found, expected: mark, durable_index }.into());
         }
         Ok(Some((next, state)))
+    }
+
+    /// One attempt to fill the next checkpoint; nothing is left of one that failed.
+    fn fill_once(
+        &mut self,
+        spool: &mut Spool,
+        cluster_id: u64,
+        member_id: u64,
+    ) -> Result<(Box<dyn Storage>, Restored), FillError> {
+        let mut next = self.generations.begin()?;
+        let is_stopped = || *self.published.stopped.borrow();
+        match image::fill(spool, next.as_mut(), cluster_id, member_id, is_stopped) {
+            Ok(restored) => Ok((next, restored)),
+            Err(error) => {
+                drop(next);
+                self.generations.discard();
+                Err(error)
+            }
+        }
+    }
+
+    fn has_room(&self, spool: &Spool) -> bool {
+        let directory = self.directory.as_deref();
+        directory.is_none_or(|at| space::has_room_for_image(at, spool.len()))
+    }
+
+    /// Raft has decided to go on from the image, so there is no way back, and the member waits
+    /// until its disk has space. `false` when the server stops.
+    fn wait_for_room(&self, spool: &Spool) -> bool {
+        if !self.shortage.set_checkpoint_waits(true) {
+            let image_bytes = spool.len();
+            tracing::error!(
+                image_bytes,
+                "a snapshot of the leader waits for space on this member's disk, and the member \
+                 does not follow until it has some"
+            );
+        }
+        let until = Instant::now() + FULL_RETRY;
+        while Instant::now() < until {
+            if *self.published.stopped.borrow() {
+                return false;
+            }
+            thread::sleep(STOP_POLL);
+        }
+        !*self.published.stopped.borrow()
     }
 }
 

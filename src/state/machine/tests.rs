@@ -404,6 +404,60 @@ fn equal_logs_make_equal_states() {
         assert_eq!(eager.apply(one), late.apply(other));
         while !eager.state.compact_step(i64::MAX, 1) {}
         assert_eq!(eager.state.hash(), late.state.hash());
+        assert_eq!(eager.state.rolling_hash(), late.state.rolling_hash());
     }
     assert_eq!(eager.effects.changes.len(), late.effects.changes.len());
+}
+
+/// Whatever an entry does differently is seen after it, and goes on being seen.
+#[test]
+fn what_is_applied_differently_shows_in_the_rolling_hash() {
+    let differing: Vec<[Request; 2]> = vec![
+        [put("a", 0), put("b", 0)],
+        [put("k", 0), delete("k")],
+        [delete("k"), txn_range("k")],
+        [grant(7), grant(8)],
+        [revoke(1), delete("none")],
+        [remainders(TERM, &[(1, 5)]), remainders(TERM, &[(1, 6)])],
+        [compaction(2), compaction(3)],
+        [
+            alarm(AlarmAction::Activate, AlarmType::Nospace),
+            alarm(AlarmAction::Get, AlarmType::None),
+        ],
+        [change(Change::Add(added(5, true))), change(Change::Add(added(5, false)))],
+        [change(Change::Remove(9)), delete("none")],
+    ];
+    for (number, [one, other]) in differing.into_iter().enumerate() {
+        let [mut member, mut different] = [Member::new(), Member::new()];
+        for member in [&mut member, &mut different] {
+            for request in [grant(1), put("k", 0), put("k", 0), change(Change::Add(added(9, true)))]
+            {
+                member.done(request);
+            }
+        }
+        assert_eq!(member.state.rolling_hash(), different.state.rolling_hash());
+        member.done(one);
+        different.done(other);
+        assert_ne!(member.state.rolling_hash(), different.state.rolling_hash(), "{number}");
+        for member in [&mut member, &mut different] {
+            // Refused by one of them, for want of space.
+            let _ = member.apply(put("after", 0));
+        }
+        assert_ne!(member.state.rolling_hash(), different.state.rolling_hash(), "{number}");
+    }
+}
+
+#[test]
+fn the_rolling_hash_goes_on_after_a_restart() {
+    let mut member = Member::new();
+    member.done(put("a", 0));
+    let Cut { head, members, dirty } = member.state.cut();
+    let store = Store::restore(dirty.records, head.revision, head.compact_revision).unwrap();
+    let state = StateMachine::restore(Restored { head, members, leases: Vec::new(), store });
+    let mut restarted = Member { state, index: member.index, effects: Effects::default() };
+    for member in [&mut member, &mut restarted] {
+        member.done(put("b", 0));
+    }
+    assert_ne!(member.state.rolling_hash(), 0);
+    assert_eq!(member.state.rolling_hash(), restarted.state.rolling_hash());
 }

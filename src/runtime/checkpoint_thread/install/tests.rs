@@ -3,6 +3,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
@@ -18,11 +19,14 @@ use crate::runtime::fault::Fault;
 use crate::runtime::image::Source;
 use crate::runtime::log_thread::LogThread;
 use crate::runtime::published::Published;
+use crate::runtime::raft_thread::RaftInput;
 use crate::runtime::records;
 use crate::runtime::recover::{self, Bootstrap, Place, Recovery};
+use crate::runtime::timing::SyncTimes;
 use crate::state::Effects;
 use crate::state::members::{Members, member_id};
 use crate::storage::spool::Spools;
+use crate::storage::{Generations, MemoryGenerations, StorageError};
 
 const TOKEN: &str = "etcd-cluster";
 
@@ -86,7 +90,7 @@ struct Bench {
     thread: CheckpointThread,
     log: Option<thread::JoinHandle<()>>,
     apply: Option<thread::JoinHandle<()>>,
-    persisted: mpsc::Receiver<crate::runtime::raft_thread::RaftInput>,
+    persisted: mpsc::Receiver<RaftInput>,
 }
 
 impl Bench {
@@ -111,8 +115,15 @@ impl Bench {
         let state = Arc::new(RwLock::new(state));
         let (raft, persisted) = mpsc::channel();
         let (log_sender, tasks) = mpsc::channel();
-        let log_thread =
-            LogThread { log, tasks, raft, fault: Fault::default(), metrics: Arc::clone(&metrics) };
+        let log_thread = LogThread {
+            log,
+            tasks,
+            raft,
+            fault: Fault::default(),
+            sync_times: SyncTimes::new(Duration::from_secs(1), Duration::from_secs(10)),
+            has_peers: Box::new(|| false),
+            metrics: Arc::clone(&metrics),
+        };
         let (apply_sender, apply_tasks) = mpsc::channel();
         let apply = (works != Works::Nothing).then(|| {
             let state = Arc::clone(&state);
@@ -188,7 +199,8 @@ fn a_crash_at_any_step_leaves_the_old_state_or_the_new() {
         let goes_on = bench.thread.install(install).expect("installed");
         assert_eq!(goes_on, works == Works::ApplyAndLog);
         assert_eq!(in_force.try_recv().is_ok(), goes_on);
-        let persisted = bench.persisted.try_iter().count();
+        let is_persisted = |input: &RaftInput| matches!(input, RaftInput::Persisted(_));
+        let persisted = bench.persisted.try_iter().filter(is_persisted).count();
         assert_eq!(persisted, usize::from(goes_on), "raft hears of it once, and last");
         bench.end();
         // The first start completes it, and the second finds it complete.
@@ -212,6 +224,59 @@ fn an_image_that_is_not_what_raft_was_told_changes_nothing() {
     assert!(!bench.thread.install(install).expect("stopped"));
     bench.end();
     assert_recovers(dir.path(), BOOTSTRAP.index, &other_state(0));
+}
+
+/// A disk that is full for the first attempts.
+struct FullAtFirst {
+    generations: Box<dyn Generations>,
+    full_for: usize,
+}
+
+impl Generations for FullAtFirst {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        if self.full_for > 0 {
+            self.full_for -= 1;
+            let source = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(StorageError::Io { dir: "(full)".into(), action: "write", source });
+        }
+        self.generations.begin()
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        self.generations.switch()
+    }
+
+    fn discard(&mut self) {
+        self.generations.discard();
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.generations.reopen()
+    }
+}
+
+fn fill_disk(bench: &mut Bench, full_for: usize) {
+    let placeholder = Box::new(MemoryGenerations);
+    let generations = std::mem::replace(&mut bench.thread.generations, placeholder);
+    bench.thread.generations = Box::new(FullAtFirst { generations, full_for });
+}
+
+#[test]
+fn a_snapshot_waits_for_a_disk_that_is_full() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let mut bench = Bench::new(dir.path(), Works::ApplyAndLog);
+    fill_disk(&mut bench, 1);
+    let (install, in_force) = install_of(spool_of(other_state(50)), 50);
+    assert!(bench.thread.install(install).expect("installed in the end"));
+    in_force.blocking_recv().expect("in force");
+    assert!(!bench.thread.shortage.is_present(), "it waits no more");
+    // When it stops while it waits, the old state stays.
+    fill_disk(&mut bench, usize::MAX);
+    bench.thread.published.set_stopped();
+    let (install, _) = install_of(spool_of(other_state(90)), 90);
+    assert!(!bench.thread.install(install).expect("stopped"));
+    bench.end();
+    assert_recovers(dir.path(), 50, &other_state(50));
 }
 
 /// etcd #18055: two in a short time; and then one that comes late.

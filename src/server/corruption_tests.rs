@@ -1,4 +1,5 @@
-//! Members whose states differ: who is named, who stops, who refuses to start.
+//! Members that differ: in their states, who is named, who stops, who refuses to start; and in their
+//! quotas.
 
 use std::time::Duration;
 
@@ -6,11 +7,12 @@ use prost::Message as _;
 use tokio::time::{sleep, timeout};
 
 use super::{Server, StartError};
-use crate::config::{Config, Gate, Url};
+use crate::config::{ClusterState, Config, Gate, Url};
 use crate::error::Error;
 use crate::mvcc::{Revision, Store};
 use crate::pb::etcdserverpb::{
-    AlarmMember, AlarmType, CompactionRequest, LeaseGrantRequest, PutRequest,
+    AlarmMember, AlarmType, CompactionRequest, LeaseGrantRequest, LeaseRevokeRequest,
+    MemberAddRequest, PutRequest,
 };
 use crate::pb::kvorumpb::{Command, command::Request};
 use crate::pb::mvccpb::KeyValue;
@@ -217,4 +219,81 @@ async fn a_member_whose_data_differs_does_not_start() {
     let refused = Server::start(configs[2].clone()).await.err().expect("it does not start");
     assert!(matches!(refused, StartError::Inconsistent(_)), "{refused}");
     assert!(refused.to_string().contains(" found data inconsistency with peers"), "{refused}");
+}
+
+/// Each member judges what it is asked for by its own quota; the alarm is everybody's.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_that_one_member_has_reached_refuses_writes_at_all() {
+    let mut configs = configs(3);
+    configs[1].quota_backend_bytes = 600;
+    let servers = start(&configs).await;
+    put(&servers[0], "by another").await.expect("it has room");
+    let request =
+        PutRequest { key: "k".into(), value: vec![0; 1000].into(), ..PutRequest::default() };
+    let refused = servers[1].engine().put(request).await;
+    assert_eq!(refused.err(), Some(Error::NoSpace));
+    for server in &servers {
+        assert_eq!(put(server, "refused").await, Err(Error::NoSpace));
+    }
+    for server in servers {
+        server.shutdown().await.expect("stopped");
+    }
+}
+
+/// The same index and the same rolling hash on both.
+async fn assert_alike(one: &Server, other: &Server) {
+    let at = |server: &Server| {
+        let state = server.engine().state().read();
+        (state.applied(), state.rolling_hash())
+    };
+    let alike = async {
+        while at(one).0 != at(other).0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, alike).await.expect("they come to the same index");
+    assert_eq!(at(one), at(other));
+    assert_ne!(at(one).1, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rolling_hash_survives_a_snapshot_and_restarts() {
+    let directories: Vec<_> = (0..2).map(|_| tempfile::tempdir().unwrap()).collect();
+    let mut configs = configs(2);
+    for (config, directory) in configs.iter_mut().zip(&directories) {
+        config.in_memory = false;
+        config.data_dir = directory.path().to_owned();
+        config.snapshot_count = 20;
+    }
+    configs[0].initial_cluster.remove("m1");
+    configs[1].initial_cluster_state = ClusterState::Existing;
+    let first = Server::start(configs[0].clone()).await.expect("started");
+    let lease = LeaseGrantRequest { ttl: 1000, id: 7 };
+    first.engine().lease_grant(lease).await.unwrap();
+    for number in 0..100 {
+        put(&first, &format!("key {}", number % 10)).await.unwrap();
+    }
+    let compaction = CompactionRequest { revision: 50, physical: true };
+    first.engine().compact(compaction).await.unwrap();
+    let url = configs[1].listen_peer_urls[0].as_str().to_owned();
+    let learner = MemberAddRequest { peer_ur_ls: vec![url], is_learner: true };
+    first.engine().member_add(learner).await.unwrap();
+
+    let second = Server::start(configs[1].clone()).await.expect("joined");
+    assert_alike(&first, &second).await;
+    first.engine().lease_revoke(LeaseRevokeRequest { id: 7 }).await.unwrap();
+    second.shutdown().await.unwrap();
+    for number in 0..30 {
+        put(&first, &format!("key {number}")).await.unwrap();
+    }
+    let second = Server::start(configs[1].clone()).await.expect("started again");
+    assert_alike(&first, &second).await;
+    first.shutdown().await.unwrap();
+    let first = Server::start(configs[0].clone()).await.expect("started again");
+    put(&first, "after").await.unwrap();
+    assert_alike(&first, &second).await;
+    assert!(first.engine().alarms().is_empty());
+    for server in [first, second] {
+        server.shutdown().await.expect("nobody was accused");
+    }
 }
