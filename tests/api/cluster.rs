@@ -219,6 +219,21 @@ async fn equal_stores_have_equal_hashes() {
     );
 }
 
+/// Members are compared whenever it is time to, also when all history has just gone.
+#[tokio::test]
+async fn a_hash_just_after_a_compaction_is_no_error() {
+    let rig = start().await;
+    for value in ["1", "2", "3"] {
+        let revision = rig.put("a", value).await;
+        rig.compact(revision).await.unwrap();
+        for asked in [0, revision] {
+            let request = HashKvRequest { revision: asked };
+            let hash = rig.maintenance().hash_kv(request).await.unwrap().into_inner();
+            assert_eq!(hash.hash_revision, revision);
+        }
+    }
+}
+
 #[tokio::test]
 async fn the_nospace_alarm_stops_puts_until_it_is_disarmed() {
     let rig = start().await;

@@ -1,5 +1,7 @@
 //! Members that are killed, stopped or cut off, and what clients see of it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use kvorum::pb::etcdserverpb as pb;
@@ -314,4 +316,39 @@ async fn a_leader_that_stood_still_serves_nothing_old() {
     assert_ne!(now, leader, "it follows");
     assert_eq!(cluster[leader].status().await.unwrap().raft_term, term, "it does not disturb");
     cluster.equal().await;
+}
+
+/// Who is asked by then does not lead any more, or not yet; the client is not told.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_left_of_a_lease_is_told_while_leaders_change() {
+    const TTL: i64 = 600;
+    const LEAST: usize = 10;
+    let mut cluster = Cluster::start(&[]).await;
+    let lease = pb::LeaseGrantRequest { ttl: TTL, id: 7 };
+    cluster[0].leases().lease_grant(lease).await.unwrap();
+    let told: [_; 3] = std::array::from_fn(|_| Arc::new(AtomicUsize::new(0)));
+    let mut asking = tokio::task::JoinSet::new();
+    for (member, told) in cluster.members.iter().zip(&told) {
+        let (mut leases, told) = (member.leases(), Arc::clone(told));
+        asking.spawn(async move {
+            loop {
+                let asked = pb::LeaseTimeToLiveRequest { id: 7, keys: false };
+                let answer = soon("the time left", leases.lease_time_to_live(asked)).await;
+                let left = answer.unwrap().into_inner().ttl;
+                assert!((1..=TTL).contains(&left), "{left}");
+                told.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+    }
+    let mut moves = 0;
+    while moves < LEAST || told.iter().any(|told| told.load(Ordering::Relaxed) < LEAST) {
+        let leader = cluster.leader().await;
+        let target_id = cluster[(leader + 1) % 3].id().await;
+        let moved = pb::MoveLeaderRequest { target_id };
+        soon("a move", cluster[leader].maintenance().move_leader(moved)).await.unwrap();
+        moves += 1;
+        if let Some(ended) = asking.try_join_next() {
+            ended.unwrap();
+        }
+    }
 }
