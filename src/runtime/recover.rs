@@ -416,7 +416,7 @@ impl OnDisk<'_> {
 /// The checkpoint came from another member, up to `applied`. A crash may have come between the
 /// switch to it and the log's new beginning, which is made up for: what the log holds instead
 /// is of another history, or ends before.
-fn complete_install(
+pub(crate) fn complete_install(
     log: &mut dyn LogStore,
     recovered: &mut Recovered,
     applied: Mark,

@@ -197,8 +197,13 @@ impl Life {
         let mut storage = disk.open_store();
         let restored = records::recover(storage.as_mut())
             .map_err(|error| Failure::of_disk(fails_at_once, &error))?;
+        let installed = restored.head.installed;
         let state = StateMachine::restore(restored);
-        let (mut log, recovered) = disk.open_log();
+        let (mut log, mut recovered) = disk.open_log();
+        if installed {
+            recover::complete_install(&mut log, &mut recovered, state.applied())
+                .map_err(|error| violation(&error))?;
+        }
         let log_may_fail = has_faults && random.chance(300);
         if log_may_fail {
             log.plan(log_fault(random));
