@@ -98,7 +98,7 @@ async fn members(State(receiver): State<Arc<dyn Receiver>>, request: HttpRequest
     if request.method() != Method::GET {
         return method_not_allowed();
     }
-    let MembersResponse { cluster_id, mut members } = match receiver.members().await {
+    let MembersResponse { cluster_id, mut members } = match receiver.members(false).await {
         Ok(members) => members,
         Err(error) => return (StatusCode::SERVICE_UNAVAILABLE, error.to_string()).into_response(),
     };
@@ -308,8 +308,8 @@ impl peer_server::Peer for Peer {
 
     async fn members(
         &self,
-        _request: Request<MembersRequest>,
+        request: Request<MembersRequest>,
     ) -> Result<Response<MembersResponse>, Status> {
-        answer(self.receiver.members().await)
+        answer(self.receiver.members(request.into_inner().linearizable).await)
     }
 }

@@ -316,7 +316,12 @@ pub struct RollingHash {
     pub hash: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct MembersRequest {}
+pub struct MembersRequest {
+    /// Not from memory alone: a member that lags behind may still know one that was removed, and
+    /// not yet the one that asks.
+    #[prost(bool, tag = "1")]
+    pub linearizable: bool,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MembersResponse {
     #[prost(fixed64, tag = "1")]

@@ -521,6 +521,11 @@ impl Node {
         self.raw.report_snapshot(to, status);
     }
 
+    /// Whether a snapshot is being put in force.
+    pub fn is_installing(&self) -> bool {
+        self.installing.is_some()
+    }
+
     /// The state machine has applied, or refused, the change of the configuration at
     /// `index`. To be told before [`Node::applied`] of that index.
     ///
@@ -686,6 +691,26 @@ impl Node {
             self.changes.insert(entry.index, change);
         }
         Ok(())
+    }
+
+    /// What a failed simulation tells of the node.
+    #[cfg(test)]
+    pub(crate) fn describe(&self) -> String {
+        let raft = &self.raw.raft;
+        let members: Vec<String> =
+            raft.prs().iter().map(|(id, progress)| format!("{id:x}: {progress:?}")).collect();
+        format!(
+            "committed {}, applied {}, persisted {}, last {}, log from {}, unpersisted {}, \
+             installing {:?}, held {}, voters and listeners {members:?}",
+            raft.raft_log.committed,
+            raft.raft_log.applied,
+            raft.raft_log.persisted,
+            raft.raft_log.last_index(),
+            self.log_start(),
+            self.unpersisted,
+            self.installing,
+            self.held.len(),
+        )
     }
 
     fn role_change(&mut self) -> Option<Role> {

@@ -277,6 +277,12 @@ impl RaftThread {
         }
     }
 
+    /// What a failed simulation tells of the node.
+    #[cfg(test)]
+    pub(crate) fn describe(&self) -> String {
+        self.parts.node.describe()
+    }
+
     /// The first turn.
     pub(crate) fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
         if self.parts.node.is_only_voter() {
@@ -433,8 +439,13 @@ impl RaftThread {
     }
 
     /// Raft decides at once whether it goes on from the image, which then waits for nothing
-    /// else: the message of a later one would replace it.
+    /// else: the message of a later one would replace it. While another is being put in force
+    /// the decision would come too late for that, so its sender is to try again (etcd #18055
+    /// was two in a short time).
     fn receive_snapshot(&mut self, arrived: Arrived, now: Instant) -> Result<(), RaftFailure> {
+        if self.parts.node.is_installing() {
+            return Ok(());
+        }
         let message = arrived.begin.message.clone();
         self.arrived = Some(arrived);
         self.step(&message)?;

@@ -5,6 +5,9 @@
 //! existing   the same, again and again                   none answers: refuse to start
 //! ```
 //!
+//! One that joins is not content with what a member remembers, which may lag behind: a
+//! majority has to agree, as it had when the member was added.
+//!
 //! A member of a new cluster asks lest it was in the cluster before and has lost its data;
 //! one that joins gets its id from the answer. A member whose directory holds data asks
 //! nobody.
@@ -55,7 +58,7 @@ pub async fn when_new<E: Error>(
     peer_urls: &[String],
     connect: &Connect<E>,
 ) -> Option<MembersResponse> {
-    match ask(peer_urls, connect, NEW_TIMEOUT).await {
+    match ask(peer_urls, connect, false, NEW_TIMEOUT).await {
         Ok(answer) => Some(answer),
         Err(errors) => {
             tracing::debug!(?errors, "no peer has answered");
@@ -74,7 +77,7 @@ pub async fn when_joining<E: Error>(
 ) -> Result<MembersResponse, NobodyAnswered> {
     let began = Instant::now();
     loop {
-        let errors = match ask(peer_urls, connect, EXISTING_TIMEOUT).await {
+        let errors = match ask(peer_urls, connect, true, EXISTING_TIMEOUT).await {
             Ok(answer) => return Ok(answer),
             Err(errors) => errors,
         };
@@ -93,6 +96,7 @@ pub async fn when_joining<E: Error>(
 async fn ask<E: Error>(
     peer_urls: &[String],
     connect: &Connect<E>,
+    linearizable: bool,
     patience: Duration,
 ) -> Result<MembersResponse, Vec<String>> {
     let mut errors = Vec::new();
@@ -100,7 +104,7 @@ async fn ask<E: Error>(
     for url in peer_urls {
         match connect(url) {
             Ok(channel) => {
-                let call = ask_one(channel, patience);
+                let call = ask_one(channel, linearizable, patience);
                 let url = url.clone();
                 calls.spawn(async move { call.await.map_err(|error| format!("{url}: {error}")) });
             }
@@ -117,9 +121,13 @@ async fn ask<E: Error>(
     Err(errors)
 }
 
-async fn ask_one(channel: Channel, patience: Duration) -> Result<MembersResponse, String> {
+async fn ask_one(
+    channel: Channel,
+    linearizable: bool,
+    patience: Duration,
+) -> Result<MembersResponse, String> {
     let mut peer = PeerClient::new(channel);
-    let answer = match timeout(patience, peer.members(MembersRequest {})).await {
+    let answer = match timeout(patience, peer.members(MembersRequest { linearizable })).await {
         Ok(Ok(answer)) => answer.into_inner(),
         Ok(Err(status)) => return Err(with_causes(&status)),
         Err(_) => return Err(format!("no answer within {patience:?}")),

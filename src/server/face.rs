@@ -126,7 +126,10 @@ impl Receiver for PeerFace {
         RollingHashesResponse { hashes: request.indexes.into_iter().filter_map(known).collect() }
     }
 
-    async fn members(&self) -> Result<MembersResponse, Error> {
+    async fn members(&self, linearizable: bool) -> Result<MembersResponse, Error> {
+        if linearizable {
+            self.engine.linearizable_barrier().await?;
+        }
         let cluster_id = self.identity().cluster_id;
         Ok(MembersResponse { cluster_id, members: self.engine.member_records() })
     }

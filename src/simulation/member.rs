@@ -442,6 +442,10 @@ impl Life {
         *self.published.role.borrow()
     }
 
+    pub(super) fn describe(&self) -> String {
+        self.raft.describe()
+    }
+
     pub(super) fn fault(&self) -> Option<String> {
         self.fault.get().map(|fatal| fatal.to_string())
     }

@@ -381,7 +381,8 @@ impl World {
         let members = self.machines.iter().map(|machine| match &machine.life {
             Some(life) => {
                 let applied = life.state.read().applied();
-                format!("{:x}: {:?}, applied {applied:?}", machine.id, life.role())
+                let (role, raft) = (life.role(), life.describe());
+                format!("{:x}: {role:?}, applied {applied:?}, {raft}", machine.id)
             }
             None => format!("{:x} is dead", machine.id),
         });

@@ -99,7 +99,7 @@ impl Receiver for Fake {
         RollingHashesResponse { hashes: request.indexes.into_iter().map(hash).collect() }
     }
 
-    async fn members(&self) -> Result<MembersResponse, Error> {
+    async fn members(&self, _linearizable: bool) -> Result<MembersResponse, Error> {
         let urls = |urls: &[&str]| urls.iter().map(|url| (*url).to_owned()).collect();
         let one = MemberRecord {
             id: A,
@@ -518,7 +518,7 @@ async fn anybody_is_told_the_members_and_nothing_else() {
     let server = Server::start();
     let channel = connector(None)(server.url.as_str()).unwrap();
     let mut client = PeerClient::new(channel);
-    let members = client.members(MembersRequest {}).await.unwrap().into_inner();
+    let members = client.members(MembersRequest::default()).await.unwrap().into_inner();
     assert_eq!((members.cluster_id, members.members.len()), (CLUSTER, 2));
     let status = client.propose(ProposeRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
