@@ -133,7 +133,7 @@ impl Engine {
         };
         // Raft hears of a learner a moment after the state.
         let progress = self.progress_of(id);
-        if !progress.map_or(!is_learner, reconfig::Progress::is_in_sync) {
+        if is_learner && !progress.is_some_and(reconfig::Progress::is_in_sync) {
             return Err(Error::LearnerNotReady);
         }
         self.strictly(|view| view.may_promote())?;

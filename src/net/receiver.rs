@@ -57,7 +57,7 @@ pub trait Receiver: Send + Sync + 'static {
     async fn hash_kv(&self, request: HashKvRequest) -> Result<HashKvResponse, Error>;
     /// How this member's state came to be, up to those of these indexes that it remembers.
     fn rolling_hashes(&self, request: RollingHashesRequest) -> RollingHashesResponse;
-    /// The cluster and its members, as this member knows them, or, `linearizable`, as they
-    /// are.
+    /// The cluster and its members, as this member knows them; `linearizable`: as they are,
+    /// if a majority can be asked.
     async fn members(&self, linearizable: bool) -> Result<MembersResponse, Error>;
 }

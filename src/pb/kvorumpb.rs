@@ -317,7 +317,7 @@ pub struct RollingHash {
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct MembersRequest {
-    /// Not from memory alone: a member that lags behind may still know one that was removed, and
+    /// Not from memory alone, if a majority can be asked: a member that lags behind may still know one that was removed, and
     /// not yet the one that asks.
     #[prost(bool, tag = "1")]
     pub linearizable: bool,

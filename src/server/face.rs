@@ -3,7 +3,7 @@
 use std::pin::Pin;
 use std::sync::mpsc::Sender;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -26,6 +26,9 @@ use crate::raft::Refused;
 use crate::runtime::forwarder::told;
 use crate::runtime::proposer::change_of;
 use crate::runtime::raft_thread::{Proposal, RaftInput};
+
+/// How long one that joins waits for a majority to confirm who the members are.
+const BARRIER_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// See the module documentation.
 pub(super) struct PeerFace {
@@ -128,7 +131,9 @@ impl Receiver for PeerFace {
 
     async fn members(&self, linearizable: bool) -> Result<MembersResponse, Error> {
         if linearizable {
-            self.engine.linearizable_barrier().await?;
+            // A cluster of one that has added a voter has no majority until that one joins: what
+            // is remembered has to do then.
+            let _ = tokio::time::timeout(BARRIER_TIMEOUT, self.engine.linearizable_barrier()).await;
         }
         let cluster_id = self.identity().cluster_id;
         Ok(MembersResponse { cluster_id, members: self.engine.member_records() })
