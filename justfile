@@ -30,12 +30,41 @@ fix:
     KVORUM_UPDATE_DOCS=1 cargo test --lib config
     KVORUM_REGENERATE=1 cargo test --test proto
     cargo update --workspace --manifest-path tests/third-party/Cargo.toml
+    cargo fmt --manifest-path tests/chaos/Cargo.toml
 
 # Side by side with etcd; takes minutes. `just bench --rounds 1` is quicker.
-bench *flags: judges
-    cargo build --release --workspace
-    target/release/kvorum-bench compare --etcd target/judge/etcd --kvorum target/release/kvorum --dir target/bench {{flags}}
+bench *flags: contestants
+    target/release/kvorum-bench compare {{flags}}
 
-# etcd, etcdctl and etcdutl, to compare with.
+# Throughput of three members of each, as a table.
+cluster *flags: contestants
+    target/release/kvorum-bench cluster {{flags}}
+
+# Leaders killed under load: how long nothing can be written. Takes ten minutes.
+failover *flags: contestants
+    target/release/kvorum-bench failover {{flags}}
+
+# Members restarted in turns under load from etcd's Go client: which requests fail.
+rolling *flags: contestants
+    target/release/kvorum-bench rolling {{flags}}
+
+# A member that was left 1 GiB behind catches up: how long, and what it costs the leader.
+snapshot-catchup *flags: contestants
+    target/release/kvorum-bench snapshot-catchup {{flags}}
+
+# etcd and kvorum, as they are measured.
+contestants: judges
+    cargo build --release --workspace
+
+# etcd, etcdctl and etcdutl, and a user of etcd's client: to compare with.
 judges:
     tests/judge/build.sh
+
+# Breaks a cluster of kvorum on purpose, and checks it; docs/chaos.md has the flags.
+chaos *flags:
+    cargo build --release
+    cargo run --manifest-path tests/chaos/Cargo.toml --target-dir target/chaos -- --server target/release/kvorum {{flags}}
+
+# Whether the checks of chaos find what is wrong, and nothing wrong with etcd.
+chaos-test: judges
+    cargo test --manifest-path tests/chaos/Cargo.toml --target-dir target/chaos

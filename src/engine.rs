@@ -23,6 +23,10 @@
 //! **Cancellation.** Dropping a future of a call that writes gives up the answer, not
 //! the write: it may still happen.
 
+mod corrupt;
+mod divergence;
+mod leader;
+mod members;
 mod range;
 
 use std::sync::Arc;
@@ -36,8 +40,9 @@ use crate::error::Error;
 use crate::lease::{self, Lease};
 use crate::metrics::{Metrics, Op};
 use crate::mvcc::Store;
+use crate::net::{Client, Peers, refusal};
 use crate::pb::etcdserverpb::*;
-use crate::pb::kvorumpb::{MemberPublish, command::Request};
+use crate::pb::kvorumpb::{MemberPublish, MemberRecord, command::Request};
 use crate::runtime::checkpoint_thread::CheckpointTask;
 use crate::runtime::fault::Fault;
 use crate::runtime::gauges::Gauges;
@@ -46,11 +51,13 @@ use crate::runtime::leases::LeaseClock;
 use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
+use crate::runtime::rolling_hashes::RollingHashes;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
+pub use corrupt::Inconsistent;
 
 /// A writer that is ahead of the checkpoint looks again after this.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
@@ -64,6 +71,10 @@ pub struct Limits {
     pub max_txn_ops: usize,
     /// `--quota-backend-bytes`; `None` when there is no quota.
     pub quota_bytes: Option<u64>,
+    /// `--strict-reconfig-check`: whether changes of the members must be safe.
+    pub strict_reconfig_check: bool,
+    /// `--max-learners`.
+    pub max_learners: u64,
     /// `--heartbeat-interval`.
     pub heartbeat: Duration,
     /// `--election-timeout`.
@@ -113,8 +124,10 @@ pub(crate) struct Parts {
     pub(crate) published: Arc<Published>,
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
+    pub(crate) peers: Peers,
     pub(crate) hub: HubHandle,
     pub(crate) hashes: Arc<CompactionHashes>,
+    pub(crate) rolling_hashes: Arc<RollingHashes>,
     pub(crate) checkpoint: Sender<CheckpointTask>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gauges: Gauges,
@@ -142,6 +155,12 @@ impl std::fmt::Debug for Engine {
 impl Engine {
     pub(crate) fn new(parts: Parts) -> Engine {
         Engine { parts: Arc::new(parts) }
+    }
+
+    /// The state, for tests that tamper with it.
+    #[cfg(test)]
+    pub(crate) fn state(&self) -> &RwLock<StateMachine> {
+        &self.parts.state
     }
 
     // ---- KV (ranges: in `range`) ----
@@ -286,27 +305,50 @@ impl Engine {
         }
     }
 
-    /// Begins a lease's time anew. A TTL of 0 in the response: there is no such lease.
+    /// Begins a lease's time anew, at the leader. A TTL of 0 in the response: there is no
+    /// such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`], [`Error::Timeout`], [`Error::Stopped`].
+    /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn lease_keep_alive(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
         self.serializable_check()?;
-        let header = self.header();
+        let header = Some(self.header());
+        let there = |mut client: Client| async move {
+            refusal::answered(client.lease_keep_alive(LeaseKeepAliveRequest { id }).await)
+        };
+        let response = self.at_leader(|| self.keep_alive_here(id), there).await?;
+        Ok(LeaseKeepAliveResponse { header, ..response })
+    }
+
+    /// The same, if this member leads.
+    pub(crate) async fn keep_alive_here(&self, id: i64) -> Result<LeaseKeepAliveResponse, Error> {
+        let header = Some(self.header());
         let ttl = self.parts.leases.keep_alive(id, &self.parts.proposer).await?;
         if ttl > 0 {
             self.parts.metrics.debugging_lease_renewed_total.inc();
         }
-        Ok(LeaseKeepAliveResponse { header: Some(header), id, ttl })
+        Ok(LeaseKeepAliveResponse { header, id, ttl })
     }
 
-    /// What is left of a lease, in seconds, and its keys if wanted. A TTL of -1: there
-    /// is no such lease.
+    /// What is left of a lease, in seconds, and its keys if wanted: the leader knows. A TTL
+    /// of -1: there is no such lease.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] or [`Error::LeaderChanged`] when this member stopped leading;
     /// [`Error::Timeout`], [`Error::Stopped`].
     pub async fn lease_time_to_live(
+        &self,
+        request: LeaseTimeToLiveRequest,
+    ) -> Result<LeaseTimeToLiveResponse, Error> {
+        let there = |mut client: Client| async move {
+            refusal::answered(client.lease_time_to_live(request).await)
+        };
+        let here = || self.time_to_live_here(request);
+        let response = self.at_leader(here, there).await?;
+        Ok(LeaseTimeToLiveResponse { header: Some(self.header()), ..response })
+    }
+
+    /// The same, if this member leads.
+    pub(crate) async fn time_to_live_here(
         &self,
         request: LeaseTimeToLiveRequest,
     ) -> Result<LeaseTimeToLiveResponse, Error> {
@@ -362,9 +404,22 @@ impl Engine {
             self.parts.proposer.read_barrier().await?;
         }
         let members = self.parts.state.read().members().list();
-        // etcd's cluster service leaves the revision out.
-        let header = ResponseHeader { revision: 0, ..self.header() };
-        Ok(MemberListResponse { header: Some(header), members })
+        Ok(MemberListResponse { header: self.cluster_header(), members })
+    }
+
+    /// All members, as they are recorded.
+    pub(crate) fn member_records(&self) -> Vec<MemberRecord> {
+        self.parts.state.read().members().records()
+    }
+
+    /// The rolling hash of everything applied up to an index, if it is remembered.
+    pub(crate) fn rolling_hash(&self, index: u64) -> Option<u64> {
+        self.parts.rolling_hashes.get(index)
+    }
+
+    /// Whether a member of this id was removed.
+    pub(crate) fn is_removed(&self, id: u64) -> bool {
+        self.parts.state.read().members().is_removed(id)
     }
 
     /// Tells the cluster this member's name and where its clients reach it.
@@ -376,6 +431,38 @@ impl Engine {
         let id = self.parts.member_id;
         let request = Request::MemberPublish(MemberPublish { id, name, client_urls });
         self.parts.proposer.propose(request).await.map(drop)
+    }
+
+    /// Hands leadership to another voter. Dropping the future does not take it back.
+    ///
+    /// # Errors
+    /// [`Error::NotLeader`] when this member does not lead; [`Error::BadLeaderTransferee`]
+    /// for a member that is unknown or only listens; [`Error::LeaderTransferTimeout`].
+    pub async fn move_leader(
+        &self,
+        request: MoveLeaderRequest,
+    ) -> Result<MoveLeaderResponse, Error> {
+        let target = request.target_id;
+        if !self.parts.published.role.borrow().is_leader {
+            return Err(Error::NotLeader);
+        }
+        let is_voter = {
+            let state = self.parts.state.read();
+            state.members().get(target).is_some_and(|member| !member.is_learner)
+        };
+        if !is_voter {
+            return Err(Error::BadLeaderTransferee);
+        }
+        if target != self.parts.member_id {
+            self.parts.proposer.transfer_leader(target).await?;
+        }
+        // etcd leaves the header out.
+        Ok(MoveLeaderResponse::default())
+    }
+
+    /// Before the server stops: hands leadership to whoever can take it, if this member leads.
+    pub(crate) async fn resign(&self) {
+        self.parts.proposer.resign().await;
     }
 
     // ---- Maintenance ----
@@ -441,7 +528,8 @@ impl Engine {
     /// the same moment. The keys are gone through in steps between which writes go on.
     ///
     /// # Errors
-    /// None at present.
+    /// [`Error::Compacted`] when the state was replaced meanwhile, by a snapshot that is
+    /// compacted further.
     pub async fn hash(&self) -> Result<HashResponse, Error> {
         let (job, rest) = {
             let state = self.parts.state.read();
@@ -493,7 +581,7 @@ impl Engine {
     async fn work_out(&self, job: HashJob) -> Result<KeyValueHash, Error> {
         let engine = self.clone();
         let worked = tokio::task::spawn_blocking(move || work_out(&engine.parts.state, job));
-        worked.await.map_err(|_| Error::Stopped)
+        worked.await.map_err(|_| Error::Stopped)?.ok_or(Error::Compacted)
     }
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted
@@ -548,8 +636,7 @@ impl Engine {
 
     /// Whether this member only listens.
     pub fn is_learner(&self) -> bool {
-        let state = self.parts.state.read();
-        state.members().get(self.parts.member_id).is_some_and(|member| member.is_learner)
+        self.parts.published.is_learner()
     }
 
     /// This member's id.

@@ -78,6 +78,9 @@ pub enum Error {
     /// No such member, or it was removed.
     #[error("etcdserver: member not found")]
     MemberNotFound,
+    /// A member of this id exists, or existed.
+    #[error("etcdserver: member ID already exist")]
+    MemberExists,
     /// A member's peer URLs are missing or malformed.
     #[error("etcdserver: given member URLs are invalid")]
     MemberBadUrls,
@@ -87,9 +90,25 @@ pub enum Error {
     /// The member to promote votes already.
     #[error("etcdserver: can only promote a learner member")]
     MemberNotLearner,
+    /// The learner to promote has too little of the log yet: try again later.
+    #[error("etcdserver: can only promote a learner member which is in sync with leader")]
+    LearnerNotReady,
+    /// There are `--max-learners` learners.
+    #[error("etcdserver: too many learner members in cluster")]
+    TooManyLearners,
+    /// A member that only listens does not answer this: ask another.
+    #[error("etcdserver: rpc not supported for learner")]
+    LearnerUnsupported,
     /// The change would leave too few started members for a quorum.
     #[error("etcdserver: re-configuration failed due to not enough started members")]
     NotEnoughStartedMembers,
+    /// Too few members have been connected for long enough: the change might end the
+    /// quorum.
+    #[error("etcdserver: unhealthy cluster")]
+    UnhealthyCluster,
+    /// This member was removed from the cluster. A write may have happened.
+    #[error("the member has been permanently removed from the cluster")]
+    MemberRemoved,
     /// The target of a leader transfer is unknown or a learner.
     #[error("etcdserver: bad leader transferee")]
     BadLeaderTransferee,
@@ -120,12 +139,22 @@ pub enum Error {
     /// The leader changed while a read waited.
     #[error("etcdserver: leader changed")]
     LeaderChanged,
+    /// There was no leader whom a write could have been given to, for as long as a request may
+    /// take. It has not happened, and will not.
+    #[error("context deadline exceeded")]
+    DeadlineExceeded,
     /// No answer from the cluster in time. A write may have happened.
     #[error("etcdserver: request timed out")]
     Timeout,
     /// Like [`Error::Timeout`], and a leader was lost meanwhile.
     #[error("etcdserver: request timed out, possibly due to previous leader failure")]
     TimeoutLeaderFail,
+    /// Like [`Error::Timeout`], and this member was cut off from others meanwhile.
+    #[error("etcdserver: request timed out, possibly due to connection lost")]
+    TimeoutConnectionLost,
+    /// The leader did not hand over in time. It may still.
+    #[error("etcdserver: request timed out, leader transfer took too long")]
+    LeaderTransferTimeout,
     /// This member did not catch up in time to answer.
     #[error("etcdserver: request timed out, waiting for the applied index took too long")]
     TimeoutWaitAppliedIndex,
@@ -140,6 +169,13 @@ pub enum Error {
 impl Error {
     /// Whether a write that got this answer may have happened, or still may.
     pub fn is_ambiguous(&self) -> bool {
-        matches!(self, Error::Timeout | Error::TimeoutLeaderFail | Error::Stopped)
+        matches!(
+            self,
+            Error::Timeout
+                | Error::TimeoutLeaderFail
+                | Error::TimeoutConnectionLost
+                | Error::MemberRemoved
+                | Error::Stopped
+        )
     }
 }

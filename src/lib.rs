@@ -90,7 +90,7 @@
 //! | Leases, Lock, Election | yes |
 //! | Maintenance: status, alarms, hashes, defragment | yes |
 //! | JSON gateway, health, metrics, TLS | yes |
-//! | Clusters of several members | not yet: a server is a cluster of one |
+//! | Clusters: members that come and go, learners, snapshots to those behind | yes |
 //! | Users and roles | not yet |
 //!
 //! `docs/compatibility.md` in the repository has the details.
@@ -98,7 +98,7 @@
 //! # The house
 //!
 //! The modules shown here are for programs. Behind them, and from the top down: `api`
-//! (gRPC, HTTP), [`engine`], `runtime` (threads and queues), `raft` and `state` (what a
+//! (gRPC, HTTP), [`engine`], `runtime` (threads and queues), `net` (peers), `raft` and `state` (what a
 //! command does), `mvcc` and `lease` (pure data structures), `log` and `storage` (files). A
 //! module uses only those below it. `ARCHITECTURE.md` in the repository shows the way of a
 //! write and of a read through them.
@@ -127,9 +127,13 @@ pub mod metrics;
 #[doc(hidden)]
 pub mod mvcc;
 #[doc(hidden)]
+pub mod net;
+#[doc(hidden)]
 pub mod raft;
 #[doc(hidden)]
 pub mod runtime;
+#[cfg(test)]
+mod simulation;
 #[doc(hidden)]
 pub mod state;
 #[doc(hidden)]

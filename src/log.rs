@@ -115,6 +115,11 @@ pub use memory::{MemoryDisk, MemoryLog};
 /// [`Options::segment_bytes`] unless there is a reason.
 pub const SEGMENT_BYTES_DEFAULT: u64 = 64 << 20;
 
+/// Where the log of a new cluster starts. It is no entry: it stands for the first members,
+/// whom every one of them knows by itself. A member that joins later begins with an empty
+/// log at (0, 0), lacks that start, and so is sent a snapshot, which brings the members.
+pub const BOOTSTRAP: Mark = Mark { index: 1, term: 1 };
+
 /// raft's own durable state. All zero in a log that was never written to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct HardState {
@@ -124,6 +129,13 @@ pub struct HardState {
     pub vote: u64,
     /// Index up to which it knows entries to be committed.
     pub commit: u64,
+}
+
+impl HardState {
+    /// That of a log which starts at `start`, before anything happened in it.
+    pub fn of_start(start: Mark) -> HardState {
+        HardState { term: start.term, vote: 0, commit: start.index }
+    }
 }
 
 /// A place in the log; as its start, everything up to and including `index` is in a
@@ -196,11 +208,10 @@ pub struct Recovered {
 }
 
 impl Recovered {
-    /// Whether anything was ever written to it.
+    /// Whether anything was ever written to it, but for the start of a new cluster.
     pub fn was_written_to(&self) -> bool {
-        self.hard_state != HardState::default()
-            || self.start != Mark::default()
-            || !self.entries.is_empty()
+        let is_begun = [Mark::default(), BOOTSTRAP].contains(&self.start);
+        !is_begun || self.hard_state != HardState::of_start(self.start) || !self.entries.is_empty()
     }
 }
 

@@ -391,57 +391,39 @@ impl Metrics {
 
     /// Handles of all series about the peer `remote`, which start at zero here.
     /// `local` is this member.
-    ///
-    /// # Errors
-    ///
-    /// Never with the labels of this module.
-    pub fn peer(&self, local: u64, remote: u64) -> Result<PeerMetrics, prometheus::Error> {
+    pub fn peer(&self, local: u64, remote: u64) -> PeerMetrics {
         let both = &[hex(local), hex(remote)];
         let one = &[hex(remote)];
-        Ok(PeerMetrics {
-            active: self.network_active_peers.get_metric_with_label_values(both)?,
-            disconnected: self
-                .network_disconnected_peers_total
-                .get_metric_with_label_values(both)?,
-            known: self.network_known_peers.get_metric_with_label_values(both)?,
-            received_bytes: self
-                .network_peer_received_bytes_total
-                .get_metric_with_label_values(one)?,
-            received_failures: self
-                .network_peer_received_failures_total
-                .get_metric_with_label_values(one)?,
+        PeerMetrics {
+            active: self.network_active_peers.with_label_values(both),
+            disconnected: self.network_disconnected_peers_total.with_label_values(both),
+            known: self.network_known_peers.with_label_values(both),
+            received_bytes: self.network_peer_received_bytes_total.with_label_values(one),
+            received_failures: self.network_peer_received_failures_total.with_label_values(one),
             round_trip_time_seconds: self
                 .network_peer_round_trip_time_seconds
-                .get_metric_with_label_values(one)?,
-            sent_bytes: self.network_peer_sent_bytes_total.get_metric_with_label_values(one)?,
-            sent_failures: self
-                .network_peer_sent_failures_total
-                .get_metric_with_label_values(one)?,
+                .with_label_values(one),
+            sent_bytes: self.network_peer_sent_bytes_total.with_label_values(one),
+            sent_failures: self.network_peer_sent_failures_total.with_label_values(one),
             snapshot_receive_failures: self
                 .network_snapshot_receive_failures
-                .get_metric_with_label_values(one)?,
+                .with_label_values(one),
             snapshot_receive_inflights: self
                 .network_snapshot_receive_inflights_total
-                .get_metric_with_label_values(one)?,
-            snapshot_receive_success: self
-                .network_snapshot_receive_success
-                .get_metric_with_label_values(one)?,
+                .with_label_values(one),
+            snapshot_receive_success: self.network_snapshot_receive_success.with_label_values(one),
             snapshot_receive_seconds: self
                 .network_snapshot_receive_total_duration_seconds
-                .get_metric_with_label_values(one)?,
-            snapshot_send_failures: self
-                .network_snapshot_send_failures
-                .get_metric_with_label_values(one)?,
+                .with_label_values(one),
+            snapshot_send_failures: self.network_snapshot_send_failures.with_label_values(one),
             snapshot_send_inflights: self
                 .network_snapshot_send_inflights_total
-                .get_metric_with_label_values(one)?,
-            snapshot_send_success: self
-                .network_snapshot_send_success
-                .get_metric_with_label_values(one)?,
+                .with_label_values(one),
+            snapshot_send_success: self.network_snapshot_send_success.with_label_values(one),
             snapshot_send_seconds: self
                 .network_snapshot_send_total_duration_seconds
-                .get_metric_with_label_values(one)?,
-        })
+                .with_label_values(one),
+        }
     }
 
     /// Says who this server is: its versions and its id. `cluster_version` is empty
@@ -687,7 +669,7 @@ impl From<&Request> for Op {
             Request::Compaction(_) | Request::AutoCompact(_) => Op::Compaction,
             Request::LeaseGrant(_) => Op::LeaseGrant,
             Request::LeaseRevoke(_) | Request::LeaseExpire(_) => Op::LeaseRevoke,
-            Request::LeaseCheckpoint(_) => Op::LeaseCheckpoint,
+            Request::LeaseCheckpoint(_) | Request::LeaseRemainders(_) => Op::LeaseCheckpoint,
             Request::Alarm(_) => Op::Alarm,
             Request::MemberPublish(_) | Request::MemberChange(_) => Op::ClusterMemberAttrSet,
         }

@@ -14,9 +14,13 @@
 //! Nothing here is process-global, and nothing exits or panics the process: what a
 //! server cannot survive ends that server, and [`Server::wait_for_failure`] says why.
 //!
-//! Shutting down goes front to back: no new connections, streams end, calls under way
-//! get a moment; then raft, the log (synced), the apply and the checkpoint threads.
+//! Shutting down goes front to back: leadership is handed over; no new connections, streams end,
+//! calls under way get a moment; then raft, the log (synced), the apply and the checkpoint threads.
 
+#[cfg(test)]
+mod corruption_tests;
+pub mod discover;
+mod face;
 mod member;
 mod sockets;
 mod stop;
@@ -26,17 +30,21 @@ use std::time::Instant;
 
 use tokio::task::JoinHandle;
 
+use self::face::PeerFace;
 use self::member::Member;
-use self::sockets::{Bound, advertised, serve_options};
+use self::sockets::{
+    Bound, advertised, bind_peers, peer_connector, peer_serve_options, serve_options,
+};
 use self::stop::Stop;
 use crate::api;
 use crate::api::gateway::{self, GatewayOptions};
-use crate::api::http::{self, AccessControl};
+use crate::api::http::{self, AccessControl, HealthSource};
 use crate::api::listener;
+use crate::api::peer::max_peer_message_bytes;
 use crate::api::tls::TlsError;
 use crate::client::Client;
-use crate::config::{Config, ConfigErrors};
-use crate::engine::Engine;
+use crate::config::{Config, ConfigErrors, Gate};
+use crate::engine::{Engine, Inconsistent};
 use crate::error::Error;
 use crate::runtime::fault::Fault;
 use crate::runtime::recover::OpenError;
@@ -55,6 +63,15 @@ pub enum StartError {
     /// A certificate or key cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// Nobody tells a member that joins who its peers are.
+    #[error(transparent)]
+    Discover(#[from] discover::NobodyAnswered),
+    /// The directory for snapshots cannot be used.
+    #[error("cannot use the directory for snapshots, member/snap in --data-dir: {0}")]
+    Snapshots(std::io::Error),
+    /// The initial corruption check has found a difference.
+    #[error(transparent)]
+    Inconsistent(#[from] Inconsistent),
     /// A URL cannot be listened on.
     #[error(transparent)]
     Listen(std::io::Error),
@@ -105,8 +122,34 @@ impl Server {
             notice.log();
         }
         let bound = Bound::bind(&config)?;
-        let member = Member::start(&config).await?;
+        let member = Member::start(&config, peer_connector(&config)?).await?;
         let engine = member.engine.clone();
+        if config.feature_gates.enabled(Gate::InitialCorruptCheck)
+            && let Err(error) = member.check().await
+        {
+            member.stop.finish().await;
+            return Err(error);
+        }
+        let peers = match bind_peers(&config) {
+            Ok(peers) => peers,
+            Err(error) => {
+                member.stop.finish().await;
+                return Err(error);
+            }
+        };
+        let mut listeners = Vec::new();
+        let router = peer_router(&engine, Arc::clone(&member.face));
+        for listener in peers {
+            let url = listener.local_url().to_string();
+            tracing::info!(url, "serving peer traffic");
+            let stopped = member.stop.stopped();
+            listeners.push(listener::serve(
+                listener,
+                router.clone(),
+                peer_serve_options(),
+                stopped,
+            ));
+        }
         let ready = member.ready(&config, advertised(&config, &bound)).await;
         let routers = match ready.and_then(|()| Routers::new(&engine, &config)) {
             Ok(routers) => routers,
@@ -122,7 +165,6 @@ impl Server {
             bound.clients.iter().map(|listener| listener.local_url().clone()).collect();
         let metrics_urls: Vec<_> =
             bound.metrics.iter().map(|listener| listener.local_url().clone()).collect();
-        let mut listeners = Vec::new();
         for (bound, router) in
             [(bound.clients, on_client_port), (bound.http_only, http), (bound.metrics, monitoring)]
         {
@@ -190,6 +232,7 @@ impl Server {
     /// # Errors
     /// What had stopped the server before, if anything had.
     pub async fn shutdown(mut self) -> Result<(), Fatal> {
+        self.engine.resign().await;
         self.stop.begin();
         for listener in self.listeners.drain(..) {
             // A listener's task that panicked serves nobody any more.
@@ -201,6 +244,17 @@ impl Server {
             None => Ok(()),
         }
     }
+}
+
+/// What peers are served.
+fn peer_router(engine: &Engine, face: Arc<PeerFace>) -> axum::Router {
+    let versions = {
+        let engine = engine.clone();
+        move || HealthSource::versions(&engine)
+    };
+    let max_message_bytes = max_peer_message_bytes(engine.limits());
+    let metrics = Arc::clone(engine.metrics());
+    api::peer::peer_router(face, metrics, versions, max_message_bytes, engine.stopping())
 }
 
 /// What is served where.

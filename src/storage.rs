@@ -21,10 +21,12 @@
 
 mod faulty;
 mod generations;
+pub mod image;
 mod mark;
 mod memory;
 mod record;
 mod sled_storage;
+pub mod spool;
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -70,6 +72,15 @@ pub enum Table {
     User = 8,
     /// Roles by name.
     Role = 9,
+}
+
+impl Table {
+    /// The table of this number, if there is one.
+    fn of_number(number: u8) -> Option<Table> {
+        use Table::{Alarm, Auth, Head, Lease, Member, Mvcc, RemovedMember, Role, User};
+        let all = [Head, Mvcc, Lease, Member, RemovedMember, Alarm, Auth, User, Role];
+        all.into_iter().find(|table| *table as u8 == number)
+    }
 }
 
 /// Changes to be made at once or not at all. The last change of a key counts.

@@ -126,8 +126,8 @@ async fn fill_and_recover(program: &Path) -> Vec<(&'static str, String)> {
         puts += 1;
         assert!(puts < 100, "the quota does not end anything");
     };
-    // etcd looks at its file, which grows some time after the puts.
-    assert!(puts >= 28, "only {puts} puts of 64 KiB fit into 2 MiB");
+    // etcd looks at its file, which grows in steps and at its own time.
+    assert!(puts >= 24, "only {puts} puts of 64 KiB fit into 2 MiB");
     step("put that is too much", refusal);
     step("alarms", format!("{:?}", clients.alarm(AlarmAction::Get).await));
     step("health", clients.get_http("/health"));

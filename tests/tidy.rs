@@ -47,9 +47,14 @@ const DOCUMENTS: &[&str] = &[
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "docs/chaos.md",
     "docs/compatibility.md",
     "docs/flags.md",
+    "docs/history.md",
 ];
+
+/// A table of mistakes of others, each with the tests that show it is not made here.
+const HISTORY: &str = "docs/history.md";
 
 /// Impure names outside tests.
 fn impurities(source: &Source) -> Vec<String> {
@@ -206,6 +211,73 @@ fn has_test(source: &Source, filter: &str) -> bool {
     module.contains(filter) || source.text.lines().any(function)
 }
 
+/// What is wrong with the table of mistakes: rows without a test or a reason, tests that do
+/// not exist (`file.rs::function`), a number that is there twice, and counts that are not the
+/// table's.
+fn unfounded(name: &str, text: &str, sources: &[Source]) -> Vec<String> {
+    let mut found = Vec::new();
+    let (mut by_test, mut by_structure, mut by_nothing) = (0, 0, 0);
+    let mut seen = BTreeSet::new();
+    for row in text.lines().filter(|line| line.starts_with("| [")) {
+        let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [number, _, _, shown] = cells[..] else {
+            found.push(format!("{name}: not four columns: {row}"));
+            continue;
+        };
+        if !seen.insert(number) {
+            found.push(format!("{name}: {number} is there twice"));
+        }
+        let (spans, _) = quoted(shown);
+        let names_a_test = spans.iter().any(|span| span.contains(".rs::"));
+        if shown.starts_with("cannot occur: ") {
+            by_structure += 1;
+            if !spans.iter().any(|span| span.starts_with("src/")) {
+                found.push(format!("{name}: {number} names no file in which it cannot occur"));
+            }
+        } else if shown.starts_with("not shown: ") {
+            by_nothing += 1;
+        } else if names_a_test {
+            by_test += 1;
+        } else {
+            found.push(format!("{name}: {number} has neither a test nor a reason"));
+        }
+    }
+    for span in quoted(text).0 {
+        let Some((file, function)) =
+            span.split_once("::").filter(|(file, _)| file.ends_with(".rs"))
+        else {
+            continue;
+        };
+        if !sources.iter().any(|source| source.path == file && is_test_of(source, function)) {
+            found.push(format!("{name}: there is no test {span}"));
+        }
+    }
+    let counts = format!(
+        "{by_test} are shown by tests, {by_structure} cannot occur, {by_nothing} are not shown"
+    );
+    if !text.contains(&counts) {
+        found.push(format!("{name}: it does not say that {counts}"));
+    }
+    found
+}
+
+/// Whether a function of exactly this name is a test of the file.
+fn is_test_of(source: &Source, function: &str) -> bool {
+    let declaration = format!("fn {function}(");
+    let mut is_next = false;
+    for line in source.text.lines().map(str::trim) {
+        if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
+            is_next = true;
+        } else if line.contains("fn ") && !line.starts_with("//") {
+            if is_next && line.contains(&declaration) {
+                return true;
+            }
+            is_next = false;
+        }
+    }
+    false
+}
+
 /// Flags and constants that a document names and that nothing else knows.
 fn dead_names(name: &str, text: &str, flags: &str, known: &BTreeSet<String>) -> Vec<String> {
     let mut found = Vec::new();
@@ -284,6 +356,11 @@ fn documents_name_commands_that_run() {
     let found =
         DOCUMENTS.iter().flat_map(|name| dead_commands(name, &document(name), &sources, &recipes));
     none(&found.collect::<Vec<_>>());
+}
+
+#[test]
+fn every_mistake_in_the_history_has_a_test_or_a_reason() {
+    none(&unfounded(HISTORY, &document(HISTORY), &everything()));
 }
 
 #[test]
@@ -376,4 +453,33 @@ fn dead_documents_are_found() {
     let names = |text| dead_names("README.md", text, "| `--name` |", &known).len();
     assert_eq!(names("`--name`, `--name=x`, `PIN_MAX`, `pins::PIN_MAX`"), 0);
     assert_eq!(names("`--nome`, `PIN_MIN`"), 2);
+}
+
+#[test]
+fn unfounded_history_is_found() {
+    let tests = "#[test]\nfn kept() {}\n\nfn helper() {}\n#[tokio::test]\nasync fn told() {}";
+    let sources = [Source::new("src/lease/tests.rs", tests)];
+    let wrong = |counts: &str, rows: &[&str]| {
+        let rows: Vec<String> = rows
+            .iter()
+            .enumerate()
+            .map(|(at, row)| format!("| [{at}](x) | a | b | {row} |"))
+            .collect();
+        unfounded(HISTORY, &format!("{counts}.\n{}", rows.join("\n")), &sources).len()
+    };
+    let counts = "1 are shown by tests, 1 cannot occur, 1 are not shown";
+    let test = "`src/lease/tests.rs::kept`, `src/lease/tests.rs::told`";
+    let rows = [test, "cannot occur: see `src/lib.rs`", "not shown: too hard"];
+    assert_eq!(wrong(counts, &rows), 0);
+    assert_eq!(wrong("", &rows), 1);
+    assert_eq!(wrong(counts, &["", rows[0], rows[1], rows[2]]), 1);
+    assert_eq!(wrong(counts, &[test, "cannot occur: because", rows[2]]), 1);
+    for name in ["helper", "kep", "gone"] {
+        let row = format!("`src/lease/tests.rs::{name}`");
+        assert_eq!(wrong(counts, &[&row, rows[1], rows[2]]), 1, "{name}");
+    }
+    assert_eq!(wrong(counts, &["`src/lease.rs::kept`", rows[1], rows[2]]), 1);
+    let twice = "| [1](x) | a | b | not shown: x |\n| [1](x) | a | b | not shown: x |";
+    let said = "0 are shown by tests, 0 cannot occur, 2 are not shown";
+    assert_eq!(unfounded(HISTORY, &format!("{said}\n{twice}"), &sources).len(), 1);
 }

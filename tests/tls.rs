@@ -11,48 +11,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
+use common::ca::Ca;
 use common::process::{Started, free_port, messages, strings, until};
 use common::server::kvorum;
 use common::{http, judge};
-use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair,
-};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio_rustls::rustls;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 
-/// A certificate authority.
-struct Ca {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
-impl Ca {
-    fn new(name: &str) -> Ca {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let key = KeyPair::generate().unwrap();
-        let pem = params.self_signed(&key).unwrap().pem();
-        Ca { issuer: Issuer::new(params, key), pem }
-    }
-
-    /// A certificate and its key, for servers and clients on this machine.
-    fn issue(&self, common_name: &str) -> (String, String) {
-        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
-        let mut params = CertificateParams::new(names).unwrap();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::CommonName, common_name);
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.issuer).unwrap();
-        (certificate.pem(), key.serialize_pem())
-    }
-}
+/// Any free port: the usual one may be taken by another test's server.
+const NO_PEERS: &str = "--listen-peer-urls=http://127.0.0.1:0";
 
 /// A directory with certificates and a server in it.
 struct Home {
@@ -93,7 +63,7 @@ impl Home {
 
     /// Starts a server that listens for clients on `url` and waits until it is ready.
     fn start(&self, url: &str, flags: &[&str]) -> Started {
-        let mut arguments = strings(&["--name=n1", "--data-dir=data"]);
+        let mut arguments = strings(&["--name=n1", "--data-dir=data", NO_PEERS]);
         arguments.extend(strings(&["--listen-client-urls", url, "--advertise-client-urls", url]));
         arguments.extend(strings(flags));
         let started = Started::new(&kvorum(), self.directory.path(), &arguments);
@@ -446,8 +416,9 @@ fn a_socket_file_serves_curl_and_etcdctl() {
     let url = format!("unix://{}", socket.display());
     // The second start finds the file that the first, killed, left behind.
     for _ in 0..2 {
-        let mut arguments = strings(&["--name=n1", "--data-dir=data", "--listen-client-urls"]);
-        arguments.extend(strings(&[&url, "--advertise-client-urls=http://127.0.0.1:2379"]));
+        let mut arguments = strings(&["--name=n1", "--data-dir=data", NO_PEERS]);
+        arguments.extend(strings(&["--listen-client-urls", &url]));
+        arguments.extend(strings(&["--advertise-client-urls=http://127.0.0.1:2379"]));
         let mut started = Started::new(&kvorum(), home.directory.path(), &arguments);
         until("the server to be ready", || {
             started.log().contains("ready to serve client requests").then_some(())

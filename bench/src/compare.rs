@@ -8,14 +8,14 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::File;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::args::Args;
+use crate::cluster::free_ports;
 use crate::process;
-use crate::report::{micros, milliseconds, saturated};
+use crate::report::{self, Summary, median, number};
 use crate::workload::{self, Kind, Load, Outcome};
 
 /// How long a server may take to start.
@@ -103,7 +103,8 @@ pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
             }
         }
     }
-    println!("{}", header(&plan));
+    let rounds = (plan.rounds, plan.seconds);
+    println!("{}", report::header(&plan.programs, rounds));
     println!("{}", rendered(table.values()));
     Ok(())
 }
@@ -134,7 +135,7 @@ impl Group {
         let pid = server.child.id();
         let load = |kind: Kind, clients: usize| Load {
             kind,
-            endpoint: server.endpoint.clone(),
+            endpoints: vec![server.endpoint.clone()],
             clients,
             conns: clients.div_ceil(10),
             duration: Duration::from_secs_f64(plan.seconds),
@@ -159,7 +160,7 @@ impl Group {
                 runs.push(("put, 1,000 clients", load(Kind::Put, 1_000)));
             }
             Group::Small => {
-                workload::run(&load(Kind::Load, 100), None).await?;
+                workload::run(&load(Kind::Load, 100), &[]).await?;
                 runs.push(("get, linearizable, 100 clients", load(Kind::Range, 100)));
                 let serializable = Load { serializable: true, ..load(Kind::Range, 100) };
                 runs.push(("get, serializable, 100 clients", serializable));
@@ -175,7 +176,7 @@ impl Group {
                     val_size: LARGE_VALUE_BYTES,
                     ..load(kind, clients)
                 };
-                workload::run(&large(Kind::Load, 100), None).await?;
+                workload::run(&large(Kind::Load, 100), &[]).await?;
                 rows.push(("memory, 100,000 keys of 1 KiB".to_owned(), Sample::memory(pid)?));
                 runs.push(("list 500 of 100,000, 10 clients", large(Kind::List, 10)));
                 runs.push(("list all 100,000, 1 client", large(Kind::ListAll, 1)));
@@ -183,7 +184,7 @@ impl Group {
             }
         }
         for (name, load) in runs {
-            let outcome = workload::run(&load, Some(pid)).await?;
+            let outcome = workload::run(&load, &[pid]).await?;
             if outcome.errors > 0 {
                 let first = outcome.first_error.unwrap_or_default();
                 return Err(format!("{name}: {} errors, the first: {first}", outcome.errors).into());
@@ -199,6 +200,13 @@ impl Group {
 }
 
 impl Sample {
+    fn run(&self) -> Option<&Outcome> {
+        match self {
+            Sample::Run(outcome) => Some(outcome),
+            _ => None,
+        }
+    }
+
     fn memory(pid: u32) -> Result<Sample, String> {
         let bytes = process::resident_bytes(pid);
         bytes.map(Sample::Memory).ok_or_else(|| format!("process {pid} has gone"))
@@ -243,56 +251,15 @@ impl Server {
     }
 }
 
-/// Two ports nobody listens on.
-fn free_ports() -> std::io::Result<[u16; 2]> {
-    let listeners = [TcpListener::bind("127.0.0.1:0")?, TcpListener::bind("127.0.0.1:0")?];
-    let [client, peer] = &listeners;
-    Ok([client.local_addr()?.port(), peer.local_addr()?.port()])
-}
-
-fn header(plan: &Plan) -> String {
-    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = processor.lines().find_map(|line| line.strip_prefix("model name"));
-    let model =
-        model.map_or("unknown processor", |model| model.trim_start_matches([' ', '\t', ':']));
-    let processors = std::thread::available_parallelism().map_or(0, usize::from);
-    let versions = plan.programs.each_ref().map(|program| version(program));
-    format!(
-        "{} against {} on {processors} x {model}; the generator shares the machine. Medians of {} \
-         rounds of {} s; in parentheses the lowest and the highest.\n",
-        versions[1], versions[0], plan.rounds, plan.seconds
-    )
-}
-
-fn version(program: &Path) -> String {
-    let output = Command::new(program).arg("--version").output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    let text = text.unwrap_or_default();
-    let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    format!("{name} ({})", text.lines().next().unwrap_or("unknown version"))
-}
-
 fn rendered<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
-    let mut throughput = String::from(
-        "| | etcd /s | kvorum /s | ratio | etcd p50, p99 ms | kvorum p50, p99 ms | etcd CPU µs | kvorum CPU µs |\n\
-         |---|---|---|---|---|---|---|---|\n",
-    );
+    let mut throughput = report::THROUGHPUT_HEADER.to_owned();
     let mut amounts = String::from("| | etcd | kvorum | ratio |\n|---|---|---|---|\n");
     for row in rows {
         let [etcd, kvorum] = &row.sides;
         if matches!(etcd.first(), Some(Sample::Run(_))) {
-            let [etcd, kvorum] = [etcd, kvorum].map(|samples| Summary::of(samples));
-            throughput.push_str(&format!(
-                "| {} | {} | {} | {:.2} | {} | {} | {} | {} |\n",
-                row.name,
-                etcd.rates,
-                kvorum.rates,
-                kvorum.rate / etcd.rate,
-                etcd.latencies,
-                kvorum.latencies,
-                etcd.cpu,
-                kvorum.cpu
-            ));
+            let [etcd, kvorum] =
+                [etcd, kvorum].map(|samples| Summary::of(samples.iter().filter_map(Sample::run)));
+            throughput.push_str(&report::throughput_row(&row.name, &etcd, &kvorum));
         } else {
             let [etcd, kvorum] = [etcd, kvorum].map(|samples| amount(samples));
             let ratio = kvorum.0 / etcd.0;
@@ -301,46 +268,6 @@ fn rendered<'a>(rows: impl Iterator<Item = &'a Row>) -> String {
         }
     }
     format!("{throughput}\n{amounts}")
-}
-
-/// The rounds of one measurement on one server.
-struct Summary {
-    rate: f64,
-    rates: String,
-    latencies: String,
-    cpu: String,
-}
-
-impl Summary {
-    fn of(samples: &[Sample]) -> Summary {
-        let runs: Vec<&Outcome> = samples
-            .iter()
-            .filter_map(|sample| match sample {
-                Sample::Run(outcome) => Some(outcome.as_ref()),
-                _ => None,
-            })
-            .collect();
-        let rates: Vec<f64> = runs.iter().map(|run| run.rate()).collect();
-        let rate = median(&rates);
-        let [low, high] =
-            [f64::min, f64::max].map(|choose| rates.iter().copied().reduce(choose).unwrap_or(0.0));
-        let mark = if runs.iter().any(|run| saturated(run)) { " *" } else { "" };
-        let [p50, p99] = [50.0, 99.0].map(|percent| {
-            let all: Vec<f64> =
-                runs.iter().map(|run| run.latencies.percentile(percent).as_secs_f64()).collect();
-            milliseconds(Duration::from_secs_f64(median(&all)))
-        });
-        let cpu: Vec<f64> = runs
-            .iter()
-            .filter_map(|run| Some(micros(run.server_cpu?, run.latencies.count())))
-            .collect();
-        Summary {
-            rate,
-            rates: format!("{} ({}–{}){mark}", number(rate), number(low), number(high)),
-            latencies: format!("{p50}, {p99}"),
-            cpu: number(median(&cpu)),
-        }
-    }
 }
 
 fn amount(samples: &[Sample]) -> (f64, String) {
@@ -355,49 +282,4 @@ fn amount(samples: &[Sample]) -> (f64, String) {
     let unit = if matches!(samples.first(), Some(Sample::Memory(_))) { "MiB" } else { "ms" };
     let middle = median(&values);
     (middle, format!("{} {unit}", number(middle)))
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        length if length.is_multiple_of(2) => (values[middle - 1] + values[middle]) / 2.0,
-        _ => values[middle],
-    }
-}
-
-/// With thousands separated, and a digit after the point when there is room.
-fn number(value: f64) -> String {
-    if !value.is_finite() {
-        return "?".to_owned();
-    }
-    if value.abs() < 100.0 {
-        return format!("{value:.1}");
-    }
-    let digits = format!("{value:.0}");
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_for_people() {
-        assert_eq!(number(1_234_567.4), "1,234,567");
-        assert_eq!(number(123.4), "123");
-        assert_eq!(number(9.96), "10.0");
-        assert_eq!(number(f64::NAN), "?");
-        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(&[4.0, 1.0]), 2.5);
-    }
 }

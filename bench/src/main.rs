@@ -4,6 +4,7 @@
 //! kvorum-bench put --clients 100 --conns 10 --seconds 10
 //! kvorum-bench range --endpoint 127.0.0.1:2379 --serializable
 //! kvorum-bench compare --etcd target/judge/etcd --kvorum target/release/kvorum --dir /var/tmp
+//! kvorum-bench cluster --assert
 //! ```
 //!
 //! Closed loop: every client sends its next request when the last is answered. So
@@ -11,14 +12,23 @@
 //! The generator is one thread with its own HTTP/2 hot loop ([`client`]) and requests
 //! encoded in advance ([`requests`]); what it costs is printed beside what the server
 //! costs, and a run in which the generator was the limit says so.
+//!
+//! [`compare`] measures single members, [`throughput`] clusters of three, and
+//! [`failover`], [`rolling`] and [`catchup`] what happens to clusters whose members
+//! are killed, restarted, or left behind.
 
 mod args;
+mod catchup;
 mod client;
+mod cluster;
 mod compare;
+mod failover;
 mod histogram;
 mod process;
 mod report;
 mod requests;
+mod rolling;
+mod throughput;
 mod workload;
 
 use std::error::Error;
@@ -26,11 +36,17 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use args::Args;
+use tokio::signal::unix::{SignalKind, signal};
 use workload::{Kind, Load};
 
 const USAGE: &str = "\
 kvorum-bench <workload> [flags]    load one server and print what it did
 kvorum-bench compare [flags]       run etcd and kvorum in turns and print a table
+kvorum-bench cluster [flags]       the same with three members each
+kvorum-bench failover [flags]      kill leaders; how long is nothing written?
+kvorum-bench rolling [flags]       restart members in turns; which requests of etcd's Go client fail?
+kvorum-bench snapshot-catchup [flags]
+                                   start a member that was left behind; what does that cost the leader?
 
 workloads
   put          put random keys of the key space
@@ -63,13 +79,32 @@ flags of compare
   --dir DIR                 where their data goes: one disk for both
   --rounds N                how often each measurement is repeated (3)
   --seconds S               how long each takes (5)
-  --only TEXT               only groups whose name contains it: put, small, large";
+  --only TEXT               only groups whose name contains it: put, small, large
+
+flags of cluster, failover, rolling and snapshot-catchup
+  --etcd, --kvorum, --dir   as for compare
+  --assert                  end with an error if kvorum is worse than CONTRIBUTING.md promises
+  --rounds N, --seconds S   as for compare (cluster); restarts of every member (3; rolling)
+  --kills N                 leaders killed in every cluster (50; failover)
+  --timeout-ms MS           how long a writer waits before it tries another member (200; failover)
+  --seed N                  when to kill (failover)
+  --clients N               goroutines that put and get (20; rolling)
+  --pause-ms MS             between two members (2000; rolling)
+  --go-client PATH          the program of tests/judge/client (target/judge/client; rolling)
+  --size MIB                the state a member must catch up with (1024; snapshot-catchup)
+  --write-rate N            writes per second meanwhile (200; snapshot-catchup)";
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = runtime.map_err(Into::into).and_then(|runtime| {
         let tasks = tokio::task::LocalSet::new();
-        tasks.block_on(&runtime, run())
+        tasks.block_on(&runtime, async {
+            // Servers that were started are killed by their owners' drop: so `run` is dropped.
+            tokio::select! {
+                result = run() => result,
+                signal = interrupted() => Err(signal),
+            }
+        })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -80,8 +115,21 @@ fn main() -> ExitCode {
     }
 }
 
+/// Why to stop, when somebody asks for it.
+async fn interrupted() -> Box<dyn Error> {
+    let signals = [SignalKind::interrupt(), SignalKind::terminate()].map(signal);
+    match signals {
+        [Ok(mut interrupt), Ok(mut terminate)] => {
+            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            "interrupted".into()
+        }
+        [Err(error), _] | [_, Err(error)] => error.into(),
+    }
+}
+
 async fn run() -> Result<(), Box<dyn Error>> {
-    let mut args = Args::parse(std::env::args().skip(1), &["serializable", "preload", "help"])?;
+    let mut args =
+        Args::parse(std::env::args().skip(1), &["serializable", "preload", "assert", "help"])?;
     let Some(command) = args.command() else {
         println!("{USAGE}");
         return Ok(());
@@ -90,15 +138,20 @@ async fn run() -> Result<(), Box<dyn Error>> {
         println!("{USAGE}");
         return Ok(());
     }
-    if command == "compare" {
-        return compare::run(args).await;
+    match command.as_str() {
+        "compare" => return compare::run(args).await,
+        "cluster" => return throughput::run(args).await,
+        "failover" => return failover::run(args).await,
+        "rolling" => return rolling::run(args).await,
+        "snapshot-catchup" => return catchup::run(args).await,
+        _ => {}
     }
     let kind =
         Kind::parse(&command).ok_or_else(|| format!("no workload {command:?}\n\n{USAGE}"))?;
     let clients = args.number("clients", 100)?.max(1);
     let load = Load {
         kind,
-        endpoint: args.text("endpoint", "127.0.0.1:2379"),
+        endpoints: vec![args.text("endpoint", "127.0.0.1:2379")],
         clients,
         conns: args.number("conns", clients.div_ceil(10))?.max(1),
         duration: Duration::from_secs_f64(args.real("seconds", 10.0)?),
@@ -113,13 +166,14 @@ async fn run() -> Result<(), Box<dyn Error>> {
     let preload = args.flag("preload");
     let pid = match args.optional("pid")? {
         Some(pid) => u32::try_from(pid).ok(),
-        None => process::listening_on(&load.endpoint),
+        None => process::listening_on(&load.endpoints[0]),
     };
+    let pids = pid.as_slice();
     args.finish()?;
     if preload {
-        workload::run(&Load { kind: Kind::Load, total: None, ..load.clone() }, pid).await?;
+        workload::run(&Load { kind: Kind::Load, total: None, ..load.clone() }, pids).await?;
     }
-    let outcome = workload::run(&load, pid).await?;
+    let outcome = workload::run(&load, pids).await?;
     println!("{}", report::one(&load, &outcome));
     Ok(())
 }

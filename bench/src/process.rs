@@ -24,6 +24,16 @@ pub fn resident_bytes(pid: u32) -> Option<u64> {
     Some(kibibytes * 1_024)
 }
 
+/// Processor time of all of `pids`; `None` if there are none or one is gone.
+pub fn cpu_of_all(pids: &[u32]) -> Option<Duration> {
+    (!pids.is_empty()).then(|| pids.iter().map(|pid| cpu(*pid)).sum()).flatten()
+}
+
+/// Memory that all of `pids` hold, in bytes; `None` if there are none or one is gone.
+pub fn resident_bytes_of_all(pids: &[u32]) -> Option<u64> {
+    (!pids.is_empty()).then(|| pids.iter().map(|pid| resident_bytes(*pid)).sum()).flatten()
+}
+
 /// The process of this machine that listens on `endpoint`'s port.
 pub fn listening_on(endpoint: &str) -> Option<u32> {
     let (host, port) = endpoint.rsplit_once(':')?;

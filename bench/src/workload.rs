@@ -70,8 +70,8 @@ impl Kind {
 #[derive(Debug, Clone)]
 pub struct Load {
     pub kind: Kind,
-    /// `host:port`.
-    pub endpoint: String,
+    /// `host:port` of every server; connections go to them in turns.
+    pub endpoints: Vec<String>,
     /// Requests in flight.
     pub clients: usize,
     pub conns: usize,
@@ -99,11 +99,11 @@ pub struct Outcome {
     pub bytes: u64,
     /// Events delivered to watchers.
     pub events: u64,
-    /// Processor time of the server, if it is known.
+    /// Processor time of the servers, if it is known.
     pub server_cpu: Option<Duration>,
     /// Processor time of this generator.
     pub own_cpu: Duration,
-    /// Memory of the server at the end.
+    /// Memory of the servers at the end.
     pub server_resident_bytes: Option<u64>,
 }
 
@@ -147,8 +147,8 @@ impl Shared {
     }
 }
 
-/// Carries out `load`; `pid` is the server, if it is here.
-pub async fn run(load: &Load, pid: Option<u32>) -> Result<Outcome, CallError> {
+/// Carries out `load`; `pids` are the servers that are here.
+pub async fn run(load: &Load, pids: &[u32]) -> Result<Outcome, CallError> {
     let mut load = load.clone();
     if load.kind == Kind::Load {
         load.total = Some(load.keys as u64);
@@ -157,8 +157,8 @@ pub async fn run(load: &Load, pid: Option<u32>) -> Result<Outcome, CallError> {
         load.clients = 1;
     }
     let mut connections = Vec::new();
-    for _ in 0..load.conns {
-        connections.push(Connection::open(&load.endpoint).await?);
+    for endpoint in load.endpoints.iter().cycle().take(load.conns) {
+        connections.push(Connection::open(endpoint).await?);
     }
     let clients = load.clients;
     let shared = Rc::new(Shared {
@@ -186,7 +186,7 @@ pub async fn run(load: &Load, pid: Option<u32>) -> Result<Outcome, CallError> {
     }
     // Everyone has done it once; now it counts.
     shared.ready.wait().await;
-    let cpu = pid.and_then(process::cpu);
+    let cpu = process::cpu_of_all(pids);
     let own_cpu = process::cpu(std::process::id()).unwrap_or_default();
     let start = Instant::now();
     shared.start.set(Some(start));
@@ -195,7 +195,7 @@ pub async fn run(load: &Load, pid: Option<u32>) -> Result<Outcome, CallError> {
         task.await?;
     }
     let elapsed = start.elapsed();
-    let server_cpu = cpu.zip(pid.and_then(process::cpu)).map(|(before, after)| after - before);
+    let server_cpu = cpu.zip(process::cpu_of_all(pids)).map(|(before, after)| after - before);
     let own_cpu = process::cpu(std::process::id()).unwrap_or_default() - own_cpu;
     let latencies = shared.latencies.borrow().clone();
     let first_error = shared.first_error.borrow().clone();
@@ -211,8 +211,19 @@ pub async fn run(load: &Load, pid: Option<u32>) -> Result<Outcome, CallError> {
         events: shared.events.get(),
         server_cpu,
         own_cpu,
-        server_resident_bytes: pid.and_then(process::resident_bytes),
+        server_resident_bytes: process::resident_bytes_of_all(pids),
     })
+}
+
+/// As [`run`], for servers that might not answer any more.
+pub async fn run_within(
+    patience: Duration,
+    load: &Load,
+    pids: &[u32],
+) -> Result<Outcome, CallError> {
+    tokio::time::timeout(patience, run(load, pids))
+        .await
+        .map_err(|_| format!("{:?} has not ended after {patience:?}", load.kind))?
 }
 
 /// One request at a time.
@@ -497,7 +508,7 @@ pub async fn first_put(endpoint: &str) -> Result<(), CallError> {
 }
 
 /// SplitMix64.
-fn next(state: &mut u64) -> u64 {
+pub fn next(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -52,7 +52,7 @@ pub const MAX_SCRAPES: usize = 8;
 const PLAIN_TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 const METRICS_TEXT: HeaderValue =
     HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8; escaping=underscores");
-const JSON: HeaderValue = HeaderValue::from_static("application/json");
+pub(super) const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const JSON_UTF8: HeaderValue = HeaderValue::from_static("application/json; charset=utf-8");
 const CONTENT_TYPE_OPTIONS: HeaderName = HeaderName::from_static("x-content-type-options");
 const NOSNIFF: HeaderValue = HeaderValue::from_static("nosniff");
@@ -318,7 +318,12 @@ async fn version<H: HealthSource>(
     if request.method() != Method::GET {
         return method_not_allowed();
     }
-    let Versions { server, cluster, storage } = endpoints.source.versions();
+    version_answer(endpoints.source.versions())
+}
+
+/// What `/version` answers, on the clients' port and on the peers'.
+pub(super) fn version_answer(versions: Versions) -> Response {
+    let Versions { server, cluster, storage } = versions;
     let quote = serde_json::Value::from;
     // In the order etcd writes them.
     let body = format!(
@@ -382,11 +387,11 @@ async fn metrics_text<H: HealthSource>(State(endpoints): State<Arc<Endpoints<H>>
     error(StatusCode::INTERNAL_SERVER_ERROR, &text)
 }
 
-async fn not_found() -> Response {
+pub(super) async fn not_found() -> Response {
     error(StatusCode::NOT_FOUND, "404 page not found")
 }
 
-fn method_not_allowed() -> Response {
+pub(super) fn method_not_allowed() -> Response {
     let mut response = error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
     response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET"));
     response

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            ┌────────────────────────── Intercept ──────────────────────────┐
-//! request ──>│ known method? · count · client-api-version · hasleader        │
+//! request ──>│ known method? · count · learner · client-api-version · hasleader│
 //!            │   └─ RequestBody: counts messages and bytes, refuses large ones ──> service
 //! response <─│ ResponseBody: counts, and ends the stream at the deadline or  │<── service
 //!            │   when the leader is lost                                     │
@@ -52,6 +52,14 @@ mod tests;
 /// once; a stream is dearer to set up again.
 const LEADERLESS_CHECKS: u32 = 3;
 
+/// What a member answers that only listens, as far as a path tells: of ranges, those alone
+/// that are serializable, which the KV service sees to.
+const ANSWERED_BY_LEARNERS: [&str; 3] = [
+    "/etcdserverpb.KV/Range",
+    "/etcdserverpb.Maintenance/Status",
+    "/etcdserverpb.Maintenance/Snapshot",
+];
+
 /// A response before [`Intercept`] has seen it.
 pub(super) type Response = http::Response<tonic::body::Body>;
 
@@ -77,6 +85,8 @@ pub(super) struct Settings {
     pub(super) slow_unary: Duration,
     /// Whether this member knows a leader.
     pub(super) has_leader: Box<dyn Fn() -> bool + Send + Sync>,
+    /// Whether this member only listens.
+    pub(super) is_learner: Box<dyn Fn() -> bool + Send + Sync>,
 }
 
 /// The layer with the services inside.
@@ -128,7 +138,7 @@ impl<D: Dispatch> Intercept<D> {
             sent_bytes: 0,
             handled: false,
         };
-        let (deadline, needs_leader) = match self.check(request.headers(), streaming) {
+        let (deadline, needs_leader) = match self.check(path, request.headers(), streaming) {
             Ok(wishes) => wishes,
             Err(status) => return Call::refused(&status, Some(accounting)),
         };
@@ -149,10 +159,14 @@ impl<D: Dispatch> Intercept<D> {
     /// a leader. Refuses what etcd refuses, in etcd's order.
     fn check(
         &self,
+        path: &str,
         headers: &HeaderMap,
         streaming: bool,
     ) -> Result<(Option<Duration>, bool), Status> {
         let deadline = deadline(headers)?;
+        if (self.shared.settings.is_learner)() && !ANSWERED_BY_LEARNERS.contains(&path) {
+            return Err(status(Error::LearnerUnsupported));
+        }
         let version = headers
             .get("client-api-version")
             .map(|version| std::str::from_utf8(version.as_bytes()))

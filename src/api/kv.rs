@@ -33,7 +33,12 @@ impl kv_server::Kv for Kv {
         &self,
         request: Request<RangeRequest>,
     ) -> Result<Response<RangeResponse>, Status> {
-        self.engine.range(request.into_inner()).await.map(Response::new).map_err(status)
+        let request = request.into_inner();
+        // The rest of what learners refuse is refused before it comes here.
+        if self.engine.is_learner() && !request.serializable {
+            return Err(status(Error::LearnerUnsupported));
+        }
+        self.engine.range(request).await.map(Response::new).map_err(status)
     }
 
     type RangeStreamStream = Chunks;

@@ -38,6 +38,7 @@ use axum::Router;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
 use rustix::process::{Resource, getrlimit};
 use socket2::{Domain, Protocol, SockRef, Socket as RawSocket, TcpKeepalive, Type};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
@@ -257,7 +258,7 @@ impl Listener {
 
 /// `unix:///run/kvorum.sock` is absolute, `unix://kvorum.sock` relative; a colon may be
 /// part of the name, as in etcd's `unix://localhost:2379`.
-fn unix_path(url: &Url) -> Option<PathBuf> {
+pub(super) fn unix_path(url: &Url) -> Option<PathBuf> {
     let host = url.host_str().unwrap_or_default();
     let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
     let path = format!("{host}{port}{}", url.path());
@@ -323,7 +324,8 @@ async fn run(
 ) {
     let url = listener.url.clone();
     let (stop, stopped) = watch::channel(false);
-    let shared = Arc::new(Shared { router, builder: builder(&options), options, stopped });
+    let builder = builder(&options);
+    let shared = Arc::new(Shared { router, builder, options, stopped, kept_out: Mutex::default() });
     let slots = Arc::new(Semaphore::new(shared.options.max_connections));
     let mut connections = JoinSet::new();
     let mut warned = Warnings::default();
@@ -426,6 +428,8 @@ struct Shared {
     builder: auto::Builder<TokioExecutor>,
     options: ServeOptions,
     stopped: watch::Receiver<bool>,
+    /// About certificates that are signed and not allowed.
+    kept_out: Mutex<Warnings>,
 }
 
 fn builder(options: &ServeOptions) -> auto::Builder<TokioExecutor> {
@@ -463,6 +467,13 @@ impl Shared {
             Ok(Some((Opened::Tls(stream), http2, connection))) => {
                 self.requests(*stream, http2, connection).await;
             }
+            // A member that is kept out tries ten times a second.
+            Err(error)
+                if error.kind() == io::ErrorKind::PermissionDenied
+                    && self.kept_out.lock().due() =>
+            {
+                tracing::warn!(?remote, %error, "connection rejected");
+            }
             Err(error) => tracing::debug!(?remote, %error, "connection rejected"),
         }
     }
@@ -499,10 +510,15 @@ impl Shared {
             return Ok(None);
         };
         let (_, session) = stream.get_ref();
-        let peer_common_name = session
-            .peer_certificates()
-            .and_then(<[_]>::first)
-            .and_then(|certificate| common_name(certificate));
+        let certificates = session.peer_certificates();
+        if !tls.admits(certificates) {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "client certificate authentication failed",
+            ));
+        }
+        let peer_common_name =
+            certificates.and_then(<[_]>::first).and_then(|certificate| common_name(certificate));
         let connection = Connection { remote, tls: true, peer_common_name };
         let mut stream = Sniffed::new(stream);
         let http2 = timeout(header_read_timeout, stream.is_http2()).await??;
@@ -641,8 +657,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sniffed<S> {
 
 writes_pass!(Sniffed);
 
-/// An accepted socket.
-enum Stream {
+/// A connected socket.
+pub(super) enum Stream {
     Tcp(TcpStream),
     Unix(UnixStream),
 }

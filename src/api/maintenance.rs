@@ -1,7 +1,6 @@
 //! The Maintenance service.
 //!
-//! What one member can answer is answered; moving leadership and downgrading
-//! check their arguments in etcd's words first and then say what this version
+//! Downgrading checks its arguments in etcd's words first and then says what this version
 //! cannot do.
 
 use std::pin::Pin;
@@ -15,9 +14,9 @@ use crate::error::Error;
 use crate::pb::etcdserverpb::downgrade_request::DowngradeAction;
 use crate::pb::etcdserverpb::{
     AlarmRequest, AlarmResponse, DefragmentRequest, DefragmentResponse, DowngradeRequest,
-    DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse, MemberListRequest,
-    MoveLeaderRequest, MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest,
-    StatusResponse, maintenance_server,
+    DowngradeResponse, HashKvRequest, HashKvResponse, HashRequest, HashResponse, MoveLeaderRequest,
+    MoveLeaderResponse, SnapshotRequest, SnapshotResponse, StatusRequest, StatusResponse,
+    maintenance_server,
 };
 
 pub(super) struct Maintenance {
@@ -27,24 +26,6 @@ pub(super) struct Maintenance {
 impl Maintenance {
     pub(super) fn new(engine: Engine) -> Maintenance {
         Maintenance { engine }
-    }
-
-    async fn transfer(&self, target: u64) -> Result<MoveLeaderResponse, Error> {
-        let here = self.engine.header().member_id;
-        if self.engine.status().await?.leader != here {
-            return Err(Error::NotLeader);
-        }
-        let members =
-            self.engine.member_list(MemberListRequest { linearizable: false }).await?.members;
-        match members.iter().find(|member| member.id == target) {
-            None => Err(Error::BadLeaderTransferee),
-            Some(member) if member.is_learner => Err(Error::BadLeaderTransferee),
-            // The leader leads already.
-            Some(_) if target == here => Ok(MoveLeaderResponse::default()),
-            Some(_) => Err(Error::Unimplemented(
-                "kvorum: this version serves one member and cannot move leadership",
-            )),
-        }
     }
 
     async fn change_version(&self, request: DowngradeRequest) -> Result<DowngradeResponse, Error> {
@@ -148,7 +129,7 @@ impl maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<MoveLeaderRequest>,
     ) -> Result<Response<MoveLeaderResponse>, Status> {
-        self.transfer(request.into_inner().target_id).await.map(Response::new).map_err(status)
+        self.engine.move_leader(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
     async fn downgrade(

@@ -18,6 +18,7 @@ mod auth;
 mod authority;
 mod cluster;
 mod concurrency;
+pub mod connector;
 mod election;
 pub mod gateway;
 mod gather;
@@ -29,6 +30,7 @@ mod lease;
 pub mod listener;
 mod lock;
 mod maintenance;
+pub mod peer;
 mod probe;
 pub mod status;
 pub mod tls;
@@ -138,6 +140,10 @@ pub fn grpc_router(engine: Engine, metrics: Arc<Metrics>) -> axum::Router {
         has_leader: {
             let engine = engine.clone();
             Box::new(move || engine.has_leader())
+        },
+        is_learner: {
+            let engine = engine.clone();
+            Box::new(move || engine.is_learner())
         },
     };
     let services = Services::new(&engine, max_message_bytes);

@@ -40,12 +40,17 @@ pub fn code(error: &Error) -> Code {
         Error::LeaseNotFound | Error::MemberNotFound => Code::NotFound,
 
         Error::LeaseExists
+        | Error::MemberExists
         | Error::PeerUrlExists
         | Error::MemberNotLearner
+        | Error::LearnerNotReady
+        | Error::TooManyLearners
+        | Error::LearnerUnsupported
         | Error::BadLeaderTransferee
         | Error::NotLeader
         | Error::AuthNotEnabled => Code::FailedPrecondition,
 
+        Error::DeadlineExceeded => Code::DeadlineExceeded,
         Error::NoSpace => Code::ResourceExhausted,
         Error::Corrupt => Code::DataLoss,
 
@@ -53,14 +58,16 @@ pub fn code(error: &Error) -> Code {
         | Error::LeaderChanged
         | Error::Timeout
         | Error::TimeoutLeaderFail
+        | Error::TimeoutConnectionLost
         | Error::TimeoutWaitAppliedIndex
+        | Error::UnhealthyCluster
         | Error::Stopped => Code::Unavailable,
 
         // etcd's own table would say ResourceExhausted and FailedPrecondition,
         // but its conversion loses them on the way out; see the module's essay.
         Error::TooManyRequests | Error::NotEnoughStartedMembers => Code::Unknown,
-        // etcd has no code for this one either.
-        Error::UnknownMethod => Code::Unknown,
+        // etcd has no code for these either.
+        Error::UnknownMethod | Error::LeaderTransferTimeout | Error::MemberRemoved => Code::Unknown,
 
         Error::StreamSortUnsupported | Error::StreamFilterUnsupported | Error::Unimplemented(_) => {
             Code::Unimplemented
@@ -133,12 +140,34 @@ mod tests {
             (Error::Corrupt, DataLoss, "etcdserver: corrupt cluster"),
             (Error::TooManyRequests, Unknown, "etcdserver: too many requests"),
             (Error::MemberNotFound, NotFound, "etcdserver: member not found"),
+            (Error::MemberExists, FailedPrecondition, "etcdserver: member ID already exist"),
             (Error::MemberBadUrls, InvalidArgument, "etcdserver: given member URLs are invalid"),
             (Error::PeerUrlExists, FailedPrecondition, "etcdserver: Peer URLs already exists"),
             (
                 Error::MemberNotLearner,
                 FailedPrecondition,
                 "etcdserver: can only promote a learner member",
+            ),
+            (
+                Error::LearnerNotReady,
+                FailedPrecondition,
+                "etcdserver: can only promote a learner member which is in sync with leader",
+            ),
+            (
+                Error::TooManyLearners,
+                FailedPrecondition,
+                "etcdserver: too many learner members in cluster",
+            ),
+            (
+                Error::LearnerUnsupported,
+                FailedPrecondition,
+                "etcdserver: rpc not supported for learner",
+            ),
+            (Error::UnhealthyCluster, Unavailable, "etcdserver: unhealthy cluster"),
+            (
+                Error::MemberRemoved,
+                Unknown,
+                "the member has been permanently removed from the cluster",
             ),
             (
                 Error::NotEnoughStartedMembers,
@@ -165,11 +194,22 @@ mod tests {
             ),
             (Error::NoLeader, Unavailable, "etcdserver: no leader"),
             (Error::LeaderChanged, Unavailable, "etcdserver: leader changed"),
+            (Error::DeadlineExceeded, DeadlineExceeded, "context deadline exceeded"),
             (Error::Timeout, Unavailable, "etcdserver: request timed out"),
             (
                 Error::TimeoutLeaderFail,
                 Unavailable,
                 "etcdserver: request timed out, possibly due to previous leader failure",
+            ),
+            (
+                Error::TimeoutConnectionLost,
+                Unavailable,
+                "etcdserver: request timed out, possibly due to connection lost",
+            ),
+            (
+                Error::LeaderTransferTimeout,
+                Unknown,
+                "etcdserver: request timed out, leader transfer took too long",
             ),
             (
                 Error::TimeoutWaitAppliedIndex,
@@ -205,10 +245,16 @@ mod tests {
             | Error::Corrupt
             | Error::TooManyRequests
             | Error::MemberNotFound
+            | Error::MemberExists
             | Error::MemberBadUrls
             | Error::PeerUrlExists
             | Error::MemberNotLearner
+            | Error::LearnerNotReady
+            | Error::TooManyLearners
+            | Error::LearnerUnsupported
             | Error::NotEnoughStartedMembers
+            | Error::UnhealthyCluster
+            | Error::MemberRemoved
             | Error::BadLeaderTransferee
             | Error::NotLeader
             | Error::WrongDowngradeVersionFormat
@@ -217,14 +263,17 @@ mod tests {
             | Error::AuthNotEnabled
             | Error::NoLeader
             | Error::LeaderChanged
+            | Error::DeadlineExceeded
             | Error::Timeout
             | Error::TimeoutLeaderFail
+            | Error::TimeoutConnectionLost
+            | Error::LeaderTransferTimeout
             | Error::TimeoutWaitAppliedIndex
             | Error::Stopped
             | Error::Unimplemented(_) => (),
         }
     }
-    const VARIANTS: usize = 37;
+    const VARIANTS: usize = 46;
 
     #[test]
     fn every_error_has_etcds_code_and_text() {

@@ -14,11 +14,16 @@
 //! - Certificate, key and CA are looked at again when a handshake comes
 //!   [`RELOAD_CHECK_INTERVAL`] after the last look. Connections that are up keep what
 //!   they were made with.
+//! - A certificate that is signed and not on the list of those allowed is refused after the
+//!   handshake, which the client takes for a connection that broke.
 //! - Nothing is process-global: the crypto provider is passed by hand.
 //!
 //! What it does not do: system root certificates (a CA file has to be named),
 //! revocation lists, and the CBC and RSA key exchange suites that Go marks insecure.
 
+mod allowed;
+pub mod client;
+mod reload;
 mod subject;
 #[cfg(test)]
 pub(super) mod tests;
@@ -26,12 +31,11 @@ pub(super) mod tests;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use parking_lot::Mutex;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, pem};
@@ -40,10 +44,11 @@ use tokio_rustls::rustls::{
     self, CipherSuite, RootCertStore, ServerConfig, SupportedProtocolVersion,
 };
 
-pub(crate) use subject::common_name;
+use self::allowed::Allowed;
+use self::reload::Reloading;
 
-/// How long the files on disk are taken as unchanged after a look at them.
-pub const RELOAD_CHECK_INTERVAL: Duration = Duration::from_secs(1);
+pub use reload::RELOAD_CHECK_INTERVAL;
+pub(crate) use subject::common_name;
 
 /// Days in a year of a self-signed certificate's validity, as etcd counts them.
 const DAYS_PER_YEAR: u32 = 365;
@@ -114,6 +119,11 @@ pub struct TlsSettings {
     pub max_version: Option<TlsVersion>,
     /// `--cipher-suites`, by Go's names; empty means all. Binds TLS 1.2 only, as in Go.
     pub cipher_suites: Vec<String>,
+    /// `--peer-cert-allowed-cn`: common names of which a client's certificate must have one;
+    /// empty means any.
+    pub allowed_common_names: Vec<String>,
+    /// `--peer-cert-allowed-hostname`: host names of which it must be for one.
+    pub allowed_hostnames: Vec<String>,
     /// `--auto-tls`: make a certificate when `cert_file` and `key_file` are not given.
     pub auto: Option<AutoTls>,
 }
@@ -271,15 +281,8 @@ fn suite_names() -> String {
 /// TLS as one listener, or several, use it. Clones share the files and what was read.
 #[derive(Debug, Clone)]
 pub struct Tls {
-    inner: Arc<Inner>,
-}
-
-#[derive(Debug)]
-struct Inner {
-    files: Files,
-    provider: Arc<CryptoProvider>,
-    versions: Vec<&'static SupportedProtocolVersion>,
-    loaded: Mutex<Loaded>,
+    server: Arc<Reloading<ServerConfig>>,
+    allowed: Arc<Allowed>,
 }
 
 /// The files, with the flags that name them.
@@ -290,17 +293,6 @@ struct Files {
     key: PathBuf,
     ca: Option<PathBuf>,
 }
-
-#[derive(Debug)]
-struct Loaded {
-    config: Arc<ServerConfig>,
-    /// The files as they were when last read, whatever they held.
-    stamps: Vec<Stamp>,
-    checked: Instant,
-}
-
-/// What changes when a file is replaced or rewritten; `None` when it cannot be found.
-type Stamp = Option<(u64, u64, i64, i64, u64)>;
 
 impl Tls {
     /// Reads the files and checks that they fit together; makes the certificate first
@@ -327,76 +319,27 @@ impl Tls {
         }
         let versions = versions(settings.min_version, settings.max_version)?;
         let provider = Arc::new(provider(&settings.cipher_suites, &versions)?);
+        let allowed = Allowed::new(settings.allowed_common_names, settings.allowed_hostnames);
         let files = Files { side, cert, key, ca: settings.trusted_ca_file };
-        // Stamps before contents: a file replaced in between is read once more later.
-        let stamps = files.stamps();
-        let config = Arc::new(files.read(&provider, &versions)?);
-        let loaded = Mutex::new(Loaded { config, stamps, checked: Instant::now() });
-        Ok(Tls { inner: Arc::new(Inner { files, provider, versions, loaded }) })
+        let paths = [Some(&files.cert), Some(&files.key), files.ca.as_ref()];
+        let paths = paths.into_iter().flatten().cloned().collect();
+        let read = Box::new(move || files.read(&provider, &versions));
+        let server = Arc::new(Reloading::load(paths, read)?);
+        Ok(Tls { server, allowed: Arc::new(allowed) })
     }
 
     /// What the next handshake is made with, after a look at the files when one is due.
     pub(super) async fn server_config(&self) -> Arc<ServerConfig> {
-        {
-            let mut loaded = self.inner.loaded.lock();
-            if loaded.checked.elapsed() < RELOAD_CHECK_INTERVAL {
-                return Arc::clone(&loaded.config);
-            }
-            // From here on others use what there is, until this look is over.
-            loaded.checked = Instant::now();
-        }
-        let inner = Arc::clone(&self.inner);
-        // Fails only when the runtime is going down; what there is will do then.
-        let _ = tokio::task::spawn_blocking(move || inner.reload()).await;
-        Arc::clone(&self.inner.loaded.lock().config)
+        self.server.current().await
     }
-}
 
-impl Inner {
-    /// Reads the files again if they are not those of the last time.
-    fn reload(&self) {
-        let stamps = self.files.stamps();
-        if stamps == self.loaded.lock().stamps {
-            return;
-        }
-        match self.files.read(&self.provider, &self.versions) {
-            Ok(config) => {
-                tracing::info!(
-                    cert_file = %self.files.cert.display(),
-                    "TLS files have changed: new connections use the new ones"
-                );
-                let mut loaded = self.loaded.lock();
-                loaded.config = Arc::new(config);
-                loaded.stamps = stamps;
-            }
-            Err(error) => {
-                tracing::warn!(
-                    %error,
-                    "TLS files have changed but cannot be used: keeping the old ones"
-                );
-                // Bad content is read again when it changes; a file that cannot be read
-                // may be readable the next time as it is.
-                if !matches!(error, TlsError::Read { .. }) {
-                    self.loaded.lock().stamps = stamps;
-                }
-            }
-        }
+    /// Whether a client with these certificates, which have been verified, is let in.
+    pub(super) fn admits(&self, certificates: Option<&[CertificateDer<'_>]>) -> bool {
+        self.allowed.admits(certificates)
     }
 }
 
 impl Files {
-    fn stamps(&self) -> Vec<Stamp> {
-        let paths = [Some(&self.cert), Some(&self.key), self.ca.as_ref()];
-        paths
-            .into_iter()
-            .flatten()
-            .map(|path| {
-                let meta = fs::metadata(path).ok()?;
-                Some((meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.len()))
-            })
-            .collect()
-    }
-
     fn read(
         &self,
         provider: &Arc<CryptoProvider>,
@@ -404,13 +347,7 @@ impl Files {
     ) -> Result<ServerConfig, TlsError> {
         let (cert_flag, key_flag) = (self.side.flag("cert-file"), self.side.flag("key-file"));
         let chain = certificates(&cert_flag, &self.cert)?;
-        let key = PrivateKeyDer::from_pem_slice(&read(&key_flag, &self.key)?).map_err(|error| {
-            let reason = match error {
-                pem::Error::NoItemsFound => "it holds no private key in PEM".to_owned(),
-                error => format!("{error}; it has to hold a private key in PEM"),
-            };
-            content(&key_flag, &self.key, reason)
-        })?;
+        let key = private_key(&key_flag, &self.key)?;
 
         // The versions were checked against the suites when the provider was made, so
         // what can fail here is said by the files.
@@ -422,12 +359,7 @@ impl Files {
             None => builder.with_no_client_auth(),
             Some(ca) => {
                 let flag = self.side.flag("trusted-ca-file");
-                let mut roots = RootCertStore::empty();
-                for certificate in certificates(&flag, ca)? {
-                    roots
-                        .add(certificate)
-                        .map_err(|error| content(&flag, ca, error.to_string()))?;
-                }
+                let roots = roots(&flag, ca)?;
                 let verifier = WebPkiClientVerifier::builder_with_provider(
                     Arc::new(roots),
                     Arc::clone(provider),
@@ -437,17 +369,22 @@ impl Files {
                 builder.with_client_cert_verifier(verifier)
             }
         };
-        let mut config = builder.with_single_cert(chain, key).map_err(|error| match error {
-            rustls::Error::InconsistentKeys(_) => content(
-                &key_flag,
-                &self.key,
-                format!("it is not the key of {cert_flag} {}", self.cert.display()),
-            ),
-            rustls::Error::General(reason) => content(&key_flag, &self.key, reason),
-            error => fail(error),
-        })?;
+        let misfit = |error| misfit(self.side, &self.cert, &self.key, error);
+        let mut config = builder.with_single_cert(chain, key).map_err(misfit)?;
         config.alpn_protocols = ALPN.map(<[u8]>::to_vec).to_vec();
         Ok(config)
+    }
+}
+
+/// Why a certificate and a key are not used together.
+fn misfit(side: Side, cert: &Path, key: &Path, error: rustls::Error) -> TlsError {
+    let (cert_flag, key_flag) = (side.flag("cert-file"), side.flag("key-file"));
+    match error {
+        rustls::Error::InconsistentKeys(_) => {
+            content(&key_flag, key, format!("it is not the key of {cert_flag} {}", cert.display()))
+        }
+        rustls::Error::General(reason) => content(&key_flag, key, reason),
+        error => content(&cert_flag, cert, error.to_string()),
     }
 }
 
@@ -472,6 +409,24 @@ fn certificates(flag: &str, path: &Path) -> Result<Vec<CertificateDer<'static>>,
         return Err(content(flag, path, "it holds no certificate in PEM"));
     }
     Ok(certificates)
+}
+
+fn roots(flag: &str, path: &Path) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(flag, path)? {
+        roots.add(certificate).map_err(|error| content(flag, path, error.to_string()))?;
+    }
+    Ok(roots)
+}
+
+fn private_key(flag: &str, path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(&read(flag, path)?).map_err(|error| {
+        let reason = match error {
+            pem::Error::NoItemsFound => "it holds no private key in PEM".to_owned(),
+            error => format!("{error}; it has to hold a private key in PEM"),
+        };
+        content(flag, path, reason)
+    })
 }
 
 /// The versions from `min` to `max`, the newest first.

@@ -161,12 +161,16 @@ macro_rules! flags {
             /// Keep everything in memory and touch no file: for tests and for programs that
             /// embed the server. Everything is lost when it stops. It has no flag.
             pub in_memory: bool,
+            /// Bytes per second that are sent of a snapshot to one member that fell behind; 0: as
+            /// fast as it goes. It has no flag, since etcd has none; the binary takes it from
+            /// `KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC`.
+            pub snapshot_send_bytes_per_sec: u64,
         }
 
         impl Default for Config {
             /// What etcd does when it is told nothing.
             fn default() -> Config {
-                Config { $($($field: $default,)*)* in_memory: false }
+                Config { $($($field: $default,)*)* in_memory: false, snapshot_send_bytes_per_sec: 0 }
             }
         }
 
@@ -203,11 +207,12 @@ const CLIENT_URL: &str = "http://localhost:2379";
 const ROTATION: &str =
     r#"{"maxsize": 100, "maxage": 0, "maxbackups": 0, "localtime": false, "compress": false}"#;
 
-const NO_PEERS: &str = "this version runs single members, which have no peers";
+const PINGED: &str =
+    "connections to peers are watched by pings, and not by the time of a single read or write";
 const NO_BBOLT: &str = "there is no bbolt database";
 const NO_AUTH: &str = "users and roles are not available in this version";
 const NO_DISCOVERY: &str =
-    "clusters are not supported by this version yet, so there is nothing to discover";
+    "neither discovery services nor DNS are asked for members; name them in --initial-cluster";
 const NO_TRACING: &str = "distributed tracing is not available in this version";
 const NO_CRL: &str = "certificate revocation lists are not honoured by this version yet, and ignoring one would admit revoked certificates";
 const NO_ALLOW_LIST: &str = "allow-lists for certificates are not honoured by this version yet, and ignoring one would admit everybody the CA has signed";
@@ -235,9 +240,9 @@ flags! {
         "election-timeout" election_timeout: u64 = 1_000, Same, Works;
         /// Fast-forward the first election on boot.
         "initial-election-tick-advance" initial_election_tick_advance: bool = true, Same,
-            Nothing("a member that is alone elects itself at once, with or without");
+            Nothing("the first election takes as long as any other; a member that is alone elects itself at once");
         /// URLs to listen on for peers.
-        "listen-peer-urls" listen_peer_urls: Vec<Url> = urls(PEER_URL), Same, Nothing(NO_PEERS);
+        "listen-peer-urls" listen_peer_urls: Vec<Url> = urls(PEER_URL), Same, Works;
         /// URLs to listen on for clients: gRPC, and HTTP unless `--listen-client-http-urls` is set.
         "listen-client-urls" listen_client_urls: Vec<Url> = urls(CLIENT_URL), Same, Works;
         /// URLs to listen on for HTTP clients only; `--listen-client-urls` then serve gRPC only.
@@ -276,12 +281,11 @@ flags! {
         /// Serve the JSON API under `/v3/`.
         "enable-grpc-gateway" enable_grpc_gateway: bool = true, Same, Works;
         /// Read timeout of a connection to a peer; never less than 5s.
-        "raft-read-timeout" raft_read_timeout: Duration = secs(5), Absent, Nothing(NO_PEERS);
+        "raft-read-timeout" raft_read_timeout: Duration = secs(5), Absent, Nothing(PINGED);
         /// Write timeout of a connection to a peer; never less than 5s.
-        "raft-write-timeout" raft_write_timeout: Duration = secs(5), Absent, Nothing(NO_PEERS);
+        "raft-write-timeout" raft_write_timeout: Duration = secs(5), Absent, Nothing(PINGED);
         /// Feature gates, as `Gate=true,OtherGate=false`. Gates:
-        "feature-gates" feature_gates: FeatureGates = FeatureGates::default(), Same,
-            Nothing("gates are checked and shown; what they switch in etcd is always on here or does not exist");
+        "feature-gates" feature_gates: FeatureGates = FeatureGates::default(), Same, Works;
     }
 
     Clustering {
@@ -300,10 +304,10 @@ flags! {
         /// `--listen-client-urls` is set.
         "advertise-client-urls" advertise_client_urls: Vec<Url> = urls(CLIENT_URL), Same, Works;
         /// Refuse changes of membership that would lose the quorum.
-        "strict-reconfig-check" strict_reconfig_check: bool = true, Same, Nothing(NO_PEERS);
+        "strict-reconfig-check" strict_reconfig_check: bool = true, Same, Works;
         /// Ask for votes before an election, so that a member that was cut off does not disturb
         /// when it comes back.
-        "pre-vote" pre_vote: bool = true, Same, Nothing("a member that is alone has nobody to ask");
+        "pre-vote" pre_vote: bool = true, Same, Works;
         /// How much history to keep. 0 means all of it; see `--auto-compaction-mode`.
         "auto-compaction-retention" auto_compaction_retention: String = "0".to_owned(), Same, Works;
         /// How `--auto-compaction-retention` is read: 'periodic' as a duration (a bare number is
@@ -379,21 +383,20 @@ flags! {
         /// Serve clients with a certificate made at start, when none is given.
         "auto-tls" auto_tls: bool = false, At("client-transport-security.auto-tls"), Works;
         /// Path to the certificate peers are shown.
-        "peer-cert-file" peer_cert_file: Option<PathBuf> = None, At("peer-transport-security.cert-file"), Nothing(NO_PEERS);
+        "peer-cert-file" peer_cert_file: Option<PathBuf> = None, At("peer-transport-security.cert-file"), Works;
         /// Path to the key of `--peer-cert-file`.
-        "peer-key-file" peer_key_file: Option<PathBuf> = None, At("peer-transport-security.key-file"), Nothing(NO_PEERS);
+        "peer-key-file" peer_key_file: Option<PathBuf> = None, At("peer-transport-security.key-file"), Works;
         /// Admit only peers with a certificate that `--peer-trusted-ca-file` has signed.
-        "peer-client-cert-auth" peer_client_cert_auth: bool = false, At("peer-transport-security.client-cert-auth"),
-            Nothing(NO_PEERS);
+        "peer-client-cert-auth" peer_client_cert_auth: bool = false, At("peer-transport-security.client-cert-auth"), Works;
         /// Path to a certificate for connections to peers.
         "peer-client-cert-file" peer_client_cert_file: Option<PathBuf> = None,
-            At("peer-transport-security.client-cert-file"), Nothing(NO_PEERS);
+            At("peer-transport-security.client-cert-file"), Works;
         /// Path to the key of `--peer-client-cert-file`.
         "peer-client-key-file" peer_client_key_file: Option<PathBuf> = None,
-            At("peer-transport-security.client-key-file"), Nothing(NO_PEERS);
+            At("peer-transport-security.client-key-file"), Works;
         /// Path to the CA certificates that sign peers' certificates.
         "peer-trusted-ca-file" peer_trusted_ca_file: Option<PathBuf> = None,
-            At("peer-transport-security.trusted-ca-file"), Nothing(NO_PEERS);
+            At("peer-transport-security.trusted-ca-file"), Works;
         /// Common names of which a peer's certificate must carry one.
         "peer-cert-allowed-cn" peer_cert_allowed_cn: Vec<String> = Vec::new(), At("peer-transport-security.allowed-cn"),
             Refused(NO_ALLOW_LIST);
@@ -401,14 +404,15 @@ flags! {
         "peer-cert-allowed-hostname" peer_cert_allowed_hostname: Vec<String> = Vec::new(),
             At("peer-transport-security.allowed-hostname"), Refused(NO_ALLOW_LIST);
         /// Talk to peers with a certificate made at start, when none is given.
-        "peer-auto-tls" peer_auto_tls: bool = false, At("peer-transport-security.auto-tls"), Nothing(NO_PEERS);
+        "peer-auto-tls" peer_auto_tls: bool = false, At("peer-transport-security.auto-tls"), Works;
         /// Years for which `--auto-tls` certificates are valid.
         "self-signed-cert-validity" self_signed_cert_validity: u64 = 1, Same, Works;
         /// Path to a revocation list for peers' certificates.
         "peer-crl-file" peer_crl_file: Option<PathBuf> = None, Absent, Refused(NO_CRL);
         /// Do not compare a peer's address with the names in its certificate.
         "peer-skip-client-san-verification" peer_skip_client_san_verification: bool = false,
-            At("peer-transport-security.skip-client-san-verification"), Nothing(NO_PEERS);
+            At("peer-transport-security.skip-client-san-verification"),
+            Nothing("a peer's certificate is checked against the CA; its address is never compared with the names in it");
         /// Cipher suites of TLS 1.2 to offer, by Go's names; empty means all there are. Those of
         /// TLS 1.3 are always offered.
         "cipher-suites" cipher_suites: Vec<String> = Vec::new(), Same, Works;
@@ -479,9 +483,10 @@ flags! {
 
     Features {
         /// Time between two comparisons of all data with the peers; 0 means never.
-        "corrupt-check-time" corrupt_check_time: Duration = Duration::ZERO, Same, Nothing(NO_PEERS);
-        /// Time between two comparisons of compacted data with the peers.
-        "compact-hash-check-time" compact_hash_check_time: Duration = secs(60), Same, Nothing(NO_PEERS);
+        "corrupt-check-time" corrupt_check_time: Duration = Duration::ZERO, Same, Works;
+        /// Time between two comparisons of compacted data with the peers, if the feature gate
+        /// CompactHashCheck is on.
+        "compact-hash-check-time" compact_hash_check_time: Duration = secs(60), Same, Works;
         /// Revisions removed in one step of a compaction; 0 means 1000.
         "compaction-batch-limit" compaction_batch_limit: u64 = 0, Same, Works;
         /// Pause between two steps of a compaction; 0 means 10ms.
@@ -494,15 +499,16 @@ flags! {
         /// Megabytes that must be gained for the data to be defragmented at start; 0 means never.
         "bootstrap-defrag-threshold-megabytes" bootstrap_defrag_threshold_megabytes: u64 = 0, Same, Nothing(NO_BBOLT);
         /// Number of learners the cluster may have.
-        "max-learners" max_learners: u64 = 1, Same, Nothing(NO_PEERS);
+        "max-learners" max_learners: u64 = 1, Same, Works;
         /// Time between two looks at whether the cluster is being downgraded.
-        "downgrade-check-time" downgrade_check_time: Duration = secs(5), Same, Nothing(NO_PEERS);
+        "downgrade-check-time" downgrade_check_time: Duration = secs(5), Same,
+            Nothing("there is no earlier release to go back to");
     }
 
     Unsafe {
-        /// Make a cluster of one out of the data of a larger one.
-        "force-new-cluster" force_new_cluster: bool = false, Same,
-            Refused("clusters are not supported by this version yet, so there is none to reduce");
+        /// Make a cluster of one out of the data of a larger one, when its majority is lost. All
+        /// other members are removed; start without it afterwards.
+        "force-new-cluster" force_new_cluster: bool = false, Same, Works;
         /// Do not wait for the disk: faster, and a power cut loses data. For tests.
         "unsafe-no-fsync" unsafe_no_fsync: bool = false, Same, Works;
     }

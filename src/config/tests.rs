@@ -98,10 +98,9 @@ fn a_flags_name_is_its_fields_name() {
         .filter_map(|line| line.trim().split_once(": ").map(|(field, _)| field))
         .collect();
     let names: Vec<String> = FLAGS.iter().map(|flag| flag.name.replace('-', "_")).collect();
-    assert_eq!(
-        fields.split_last(),
-        Some((&"in_memory", names.iter().map(String::as_str).collect::<Vec<_>>().as_slice()))
-    );
+    let own = ["in_memory", "snapshot_send_bytes_per_sec"];
+    let names: Vec<&str> = names.iter().map(String::as_str).chain(own).collect();
+    assert_eq!(fields, names);
 }
 
 #[test]
@@ -676,16 +675,9 @@ fn promises_that_cannot_be_kept_prevent_the_start() {
         ),
         (&["--host-whitelist=localhost"], "--host-whitelist is refused"),
         (
-            &["--initial-cluster=default=http://a:1,b=http://b:1"],
-            "names 2 members (b, default), and clusters are not supported",
-        ),
-        (
-            &["--force-new-cluster"],
-            "--force-new-cluster is refused: clusters are not supported by this version yet",
-        ),
-        (
             &["--discovery-srv=example.com"],
-            "--discovery-srv is refused: clusters are not supported",
+            "--discovery-srv is refused: neither discovery services nor DNS are asked for members; \
+             name them in --initial-cluster",
         ),
         (&["--discovery-endpoints=a", "--discovery-token=b"], "--discovery-endpoints is refused"),
         (&["--discovery-token=b"], "both --discovery-token and --discovery-endpoints must be set"),
@@ -703,7 +695,7 @@ fn promises_that_cannot_be_kept_prevent_the_start() {
         assert_eq!(exit_code, 1);
     }
     accepted(run_with(
-        &["--host-whitelist=", "--force-new-cluster=false", "--auth-token=simple"],
+        &["--host-whitelist=", "--force-new-cluster", "--auth-token=simple"],
         &[],
         None,
     ));
@@ -786,6 +778,11 @@ fn checks_have_etcds_texts() {
         ),
         (&["--listen-metrics-urls=https://127.0.0.1:1"], "must be provided for metrics secure url"),
         (&["--client-cert-auth"], "--client-cert-auth needs --trusted-ca-file"),
+        (&["--peer-client-cert-auth"], "--peer-client-cert-auth needs --peer-trusted-ca-file"),
+        (
+            &["--listen-peer-urls=https://127.0.0.1:1"],
+            "cannot listen on TLS for https://127.0.0.1:1: KeyFile and CertFile are not presented",
+        ),
         (
             &["--listen-client-http-urls=http://localhost:2379"],
             "cannot bind both --listen-client-urls and --listen-client-http-urls on the same url http://localhost:2379",
@@ -838,7 +835,20 @@ fn a_new_member_must_be_in_its_cluster() {
             &["--initial-cluster=default=http://localhost:2380,default=http://localhost:2380"],
             "has duplicate url",
         ),
-        (&["--initial-cluster-state=existing"], "clusters are not supported by this version yet"),
+        (
+            &[
+                "--initial-cluster=default=http://localhost:2380,b=http://b:1,c=http://c:1,c=http://b:1",
+            ],
+            "initial cluster b=http://b:1,c=http://b:1,c=http://c:1,default=http://localhost:2380 has duplicate url",
+        ),
+        (
+            &["--initial-cluster-state=existing"],
+            "could not retrieve cluster information from the given URLs",
+        ),
+        (
+            &["--initial-cluster-state=existing", "--initial-cluster=b=http://b:1,c=http://c:1"],
+            "couldn't find local name \"default\" in the initial cluster configuration",
+        ),
     ] {
         // A member that exists ignores all of this, as in etcd.
         let error = config(args).validate_new_member().expect_err("must be refused");
@@ -855,6 +865,15 @@ fn a_new_member_must_be_in_its_cluster() {
             .validate_new_member(),
         Ok(())
     );
+    let three = "--initial-cluster=a=http://a:1,b=http://b:1,b=http://b:2,c=http://c:1";
+    for args in [
+        &["--name=b", three, "--initial-advertise-peer-urls=http://b:2,http://b:1"][..],
+        // One that joins has told the cluster its URLs before.
+        &["--name=b", three, "--initial-cluster-state=existing"],
+    ] {
+        accepted(run_member(args, &[], None, false));
+        assert_eq!(config(args).validate_new_member(), Ok(()));
+    }
 }
 
 #[test]
@@ -1139,6 +1158,18 @@ fn values_outside_the_usual_are_pointed_out() {
             &["--cert-file=/c", "--key-file=/k"],
             "ignoring key and cert files for http://localhost:2379",
         ),
+        (
+            &["--peer-auto-tls", "--peer-cert-file=/c", "--peer-key-file=/k"],
+            "ignoring peer auto TLS since certs given",
+        ),
+        (
+            &["--peer-cert-file=/c", "--peer-key-file=/k"],
+            "ignoring key and cert files for http://localhost:2380",
+        ),
+        (
+            &["--peer-client-cert-auth", "--peer-trusted-ca-file=/c"],
+            "scheme is HTTP while --peer-client-cert-auth is enabled; ignoring client cert auth for http://localhost:2380",
+        ),
     ] {
         let (_, notices) = accepted(run_with(args, &[], None));
         assert!(
@@ -1153,6 +1184,28 @@ fn values_outside_the_usual_are_pointed_out() {
 }
 
 #[test]
+fn gates_without_effect_are_reported_when_they_are_switched() {
+    for (gates, expected) in [
+        ("InitialCorruptCheck=true", &[][..]),
+        ("CompactHashCheck=false,FastLeaseKeepAlive=true", &[]),
+        ("CompactHashCheck=true,FastLeaseKeepAlive=false", &["FastLeaseKeepAlive=false"]),
+        ("AllBeta=false", &["FastLeaseKeepAlive=false", "TxnModeWriteWithSharedBuffer=false"]),
+    ] {
+        let warnings = config(&[&format!("--feature-gates={gates}")]).validate().unwrap();
+        let idle: Vec<&str> = warnings
+            .iter()
+            .filter_map(|notice| match notice {
+                Notice::NoEffect { flag, value, .. } if flag == "feature-gates" => {
+                    Some(value.as_str())
+                }
+                _ => None,
+            })
+            .collect();
+        assert_eq!(idle, expected, "{gates}");
+    }
+}
+
+#[test]
 fn flags_without_effect_are_reported_once_and_only_when_set() {
     for flag in FLAGS {
         let Effect::Nothing(why) = flag.effect else { continue };
@@ -1161,11 +1214,9 @@ fn flags_without_effect_are_reported_once_and_only_when_set() {
         let field = flag.field.expect("sets a field");
         // A value that any of the types takes, and that is not the default.
         let other =
-            ["false", "true", "7", "7s", "/x", "http://127.0.0.1:7", "InitialCorruptCheck=true"]
-                .into_iter()
-                .find(|text| {
-                    field(&mut changed).set(text).is_ok() && flag.text(&mut changed) != default
-                });
+            ["false", "true", "7", "7s", "/x", "http://127.0.0.1:7"].into_iter().find(|text| {
+                field(&mut changed).set(text).is_ok() && flag.text(&mut changed) != default
+            });
         assert!(other.is_some(), "{} cannot be changed", flag.name);
         let expected = Notice::NoEffect {
             flag: flag.name.into(),

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::duration;
+use super::features::Gate;
 use super::flag::{self, Config, DEFAULT_NAME, Effect, Flag};
 use super::report::{ConfigErrors, Notice, Origin, Problem, Warnings};
 use super::tls::{self, CipherSuite};
-use super::url::{self, Scheme, Url};
+use super::url::{self, Url};
 use super::value::{AutoCompactionMode, ClusterState, LogOutput, TlsVersion, Value};
 
 /// `--quota-backend-bytes=0`.
@@ -187,6 +188,11 @@ impl Config {
     pub fn has_client_certificate(&self) -> bool {
         self.cert_file.is_some() || self.key_file.is_some()
     }
+
+    /// Whether peers are shown a certificate from files.
+    pub fn has_peer_certificate(&self) -> bool {
+        self.peer_cert_file.is_some() || self.peer_key_file.is_some()
+    }
 }
 
 impl Config {
@@ -289,6 +295,7 @@ impl<'a> Check<'a> {
                 continue;
             }
             match flag.effect {
+                Effect::Works if flag.name == "feature-gates" => self.gates(),
                 Effect::Works => {}
                 Effect::Nothing(reason) => {
                     self.notices.push(Notice::NoEffect { flag: flag.name.to_owned(), value, reason: reason.to_owned() });
@@ -308,6 +315,21 @@ impl<'a> Check<'a> {
                     };
                     self.problem(flag.name, format!("--{} is refused: {reason}", flag.name), fix);
                 }
+            }
+        }
+    }
+
+    /// Gates that are set to something else than their default, and switch nothing here.
+    fn gates(&mut self) {
+        let gates = &self.config.feature_gates;
+        for gate in Gate::ALL {
+            let enabled = gates.enabled(*gate);
+            if let (Some(reason), true) = (gate.idle(), enabled != gate.default_state()) {
+                self.notices.push(Notice::NoEffect {
+                    flag: "feature-gates".to_owned(),
+                    value: format!("{}={enabled}", gate.name()),
+                    reason: reason.to_owned(),
+                });
             }
         }
     }
@@ -405,18 +427,6 @@ impl<'a> Check<'a> {
 
     fn cluster(&mut self) {
         let config = self.config;
-        let members: Vec<&str> = config.initial_cluster.keys().map(String::as_str).collect();
-        if members.len() > 1 {
-            self.problem(
-                "initial-cluster",
-                format!(
-                    "--initial-cluster names {} members ({}), and clusters are not supported by this version yet",
-                    members.len(),
-                    members.join(", ")
-                ),
-                format!("run a single member: remove --initial-cluster, or name only {} in it", config.name),
-            );
-        }
         let sources = [
             !config.initial_cluster.is_empty(),
             !config.discovery_srv.is_empty(),
@@ -441,12 +451,22 @@ impl<'a> Check<'a> {
 
     fn new_member(&mut self) {
         let config = self.config;
-        if config.initial_cluster_state == ClusterState::Existing {
+        let joins = config.initial_cluster_state == ClusterState::Existing;
+        if joins && config.initial_cluster.keys().all(|name| *name == config.name) {
             self.problem(
                 "initial-cluster-state",
-                "--initial-cluster-state=existing joins a running cluster, the data directory holds no member, \
-                 and clusters are not supported by this version yet",
-                "remove --initial-cluster-state to start a single member, or point --data-dir at its data",
+                "cannot fetch cluster info from peer urls: could not retrieve cluster information from the given URLs: \
+                 --initial-cluster-state=existing joins a running cluster, and --initial-cluster names no other member",
+                "name the cluster's members in --initial-cluster, as `etcdctl member add` has printed them; or point \
+                 --data-dir at this member's data; or remove --initial-cluster-state to make a new cluster",
+            );
+        }
+        let mut seen = BTreeSet::new();
+        if !config.initial_cluster.values().flatten().all(|url| seen.insert(url)) {
+            self.problem(
+                "initial-cluster",
+                format!("initial cluster {} has duplicate url", config.initial_cluster.text()),
+                "name each URL once",
             );
         }
         let Some(in_cluster) = config.initial_cluster.get(&config.name) else {
@@ -465,12 +485,9 @@ impl<'a> Check<'a> {
         };
         let in_cluster: BTreeSet<&Url> = in_cluster.iter().collect();
         let advertised: BTreeSet<&Url> = config.initial_advertise_peer_urls.iter().collect();
-        if in_cluster.len() < config.initial_cluster.get(&config.name).map_or(0, Vec::len) {
-            self.problem(
-                "initial-cluster",
-                format!("initial cluster {} has duplicate url", config.initial_cluster.text()),
-                "name each URL once",
-            );
+        if joins {
+            // The cluster was told the URLs when the member was added.
+            return;
         }
         let advertised_text = url::join(&config.initial_advertise_peer_urls);
         let pairs = |urls: Vec<&&Url>| {
@@ -579,8 +596,8 @@ impl<'a> Check<'a> {
             self.problem("auto-compaction-retention", message, fix);
         }
         let gates = &self.config.feature_gates;
-        let checkpoint = gates.enabled(super::Gate::LeaseCheckpoint);
-        if gates.enabled(super::Gate::LeaseCheckpointPersist) && !checkpoint {
+        let checkpoint = gates.enabled(Gate::LeaseCheckpoint);
+        if gates.enabled(Gate::LeaseCheckpointPersist) && !checkpoint {
             self.problem(
                 "feature-gates",
                 "enabling feature gate LeaseCheckpointPersist requires enabling feature gate LeaseCheckpoint",
@@ -675,17 +692,39 @@ impl<'a> Check<'a> {
                 "add --trusted-ca-file with the CA that signs the clients' certificates, or remove --client-cert-auth",
             );
         }
-        let peer_tls = config.peer_cert_file.is_some()
-            || config.peer_key_file.is_some()
-            || config.peer_auto_tls;
+        if config.peer_client_cert_auth && config.peer_trusted_ca_file.is_none() {
+            self.problem(
+                "peer-client-cert-auth",
+                "--peer-client-cert-auth needs --peer-trusted-ca-file: without it no peer's certificate can be verified",
+                "add --peer-trusted-ca-file with the CA that signs the peers' certificates, or remove \
+                 --peer-client-cert-auth",
+            );
+        }
+        let has_peer_certificate = config.has_peer_certificate();
+        let peer_tls = has_peer_certificate || config.peer_auto_tls;
+        if config.peer_auto_tls && has_peer_certificate {
+            self.warn("peer-auto-tls", "ignoring peer auto TLS since certs given");
+        }
         for url in &config.listen_peer_urls {
-            if url.scheme() == Scheme::Https && !peer_tls {
+            if url.scheme().is_tls() && !peer_tls {
                 self.problem(
                     "listen-peer-urls",
                     format!(
                         "cannot listen on TLS for {url}: KeyFile and CertFile are not presented"
                     ),
                     "add --peer-cert-file and --peer-key-file (or --peer-auto-tls), or use http",
+                );
+            }
+            if !url.scheme().is_tls() && has_peer_certificate {
+                self.warn(
+                    "listen-peer-urls",
+                    format!("scheme is HTTP while key and cert files are present; ignoring key and cert files for {url}"),
+                );
+            }
+            if !url.scheme().is_tls() && config.peer_client_cert_auth {
+                self.warn(
+                    "listen-peer-urls",
+                    format!("scheme is HTTP while --peer-client-cert-auth is enabled; ignoring client cert auth for {url}"),
                 );
             }
         }

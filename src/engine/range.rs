@@ -80,10 +80,11 @@ impl Engine {
         loop {
             // Whoever waits for this thread goes first.
             tokio::task::yield_now().await;
-            if pin.is_overdue() {
+            let state = self.parts.state.read();
+            if pin.is_overdue() || pin.is_lost() {
                 return Err(Error::Compacted);
             }
-            if step(&mut scan, self.parts.state.read().store(), KEYS_PER_STEP) == Step::Done {
+            if step(&mut scan, state.store(), KEYS_PER_STEP) == Step::Done {
                 return Ok(scan);
             }
         }
@@ -123,7 +124,20 @@ impl Engine {
     ) {
         let piece = |response| RangeStreamResponse { range_response: Some(response) };
         let mut keys = STREAM_FIRST_KEYS;
-        while scan.step(self.parts.state.read().store(), keys) == Step::More {
+        loop {
+            let stepped = {
+                let state = self.parts.state.read();
+                (!pin.is_lost()).then(|| scan.step(state.store(), keys))
+            };
+            match stepped {
+                Some(Step::Done) => break,
+                Some(Step::More) => {}
+                None => {
+                    drop(pin);
+                    let _ = pieces.send(Err(Error::Compacted)).await;
+                    return;
+                }
+            }
             let kvs = scan.take_kvs();
             let bytes: usize = kvs.iter().map(bytes::Bytes::len).sum();
             if bytes < self.parts.limits.max_request_bytes / 2 {

@@ -171,6 +171,20 @@ fn a_new_leader_goes_by_the_committed_remainder() {
 }
 
 #[test]
+fn the_committed_remainder_outlives_any_number_of_leaders() {
+    let mut lessor = lessor(&[(7, 1000)]);
+    lessor.set_remaining(7, 400);
+    for leader in 1..=4 {
+        let now = secs(50 * leader);
+        let mut expiry = Expiry::new(INTERVAL);
+        expiry.promote();
+        expiry.schedule(lessor.get(7).unwrap(), now, secs(1));
+        assert_eq!(expiry.remaining(7, now), Some(secs(401)), "leader {leader}");
+        lessor = Lessor::restore(lessor.iter().map(Lease::to_record));
+    }
+}
+
+#[test]
 fn a_renewal_takes_back_what_the_log_holds() {
     let lessor = lessor(&[(7, 1000)]);
     let mut expiry = leading(&lessor, INTERVAL);

@@ -156,7 +156,7 @@ fn name_of(series: &str) -> &str {
 #[test]
 fn every_name_of_the_mixin_is_there_before_anything_happened() {
     let metrics = Metrics::extensive().unwrap();
-    metrics.peer(1, 2).unwrap();
+    metrics.peer(1, 2);
     let text = metrics.render().unwrap();
     let series = series(&text);
     for name in MIXIN {
@@ -168,7 +168,7 @@ fn every_name_of_the_mixin_is_there_before_anything_happened() {
 fn every_name_of_a_serving_member_is_there() {
     let metrics = Metrics::new().unwrap();
     metrics.identify("3.6.0", "3.6.0", 0x8e9e_05c5_2164_694d);
-    metrics.peer(1, 1).unwrap();
+    metrics.peer(1, 1);
     metrics.count_client_request(false, None);
     metrics.server_apply_duration_seconds.observe(Op::Put, true, Duration::from_millis(1));
     metrics.server_request_duration_seconds.observe(Op::Put, true, Duration::from_millis(1));
@@ -184,7 +184,7 @@ fn every_name_of_a_serving_member_is_there() {
 #[test]
 fn types_keep_the_quirks_of_etcd() {
     let metrics = Metrics::new().unwrap();
-    metrics.peer(1, 2).unwrap();
+    metrics.peer(1, 2);
     let text = metrics.render().unwrap();
     let types = types(&text);
     for name in [
@@ -215,7 +215,7 @@ fn types_keep_the_quirks_of_etcd() {
 #[test]
 fn buckets_double_from_the_first_to_the_last_of_etcd() {
     let metrics = Metrics::new().unwrap();
-    metrics.peer(1, 2).unwrap();
+    metrics.peer(1, 2);
     metrics.server_apply_duration_seconds.observe(Op::Put, true, Duration::ZERO);
     let series = series(&metrics.render().unwrap());
     let bounds = |name: &str| -> Vec<f64> {

@@ -67,18 +67,20 @@ pub enum RestoreError {
     },
 }
 
-/// The records of a store as of one revision, gathered in steps, so that the store is
-/// never held for long. Between steps the store may be written and compacted, as long as
-/// [`RecordsCut::floor`] is respected by every [`Store::compact_step`].
-pub struct RecordsCut {
+/// The records of a store as of one revision, by key and within a key by revision, a few at
+/// a time, so that neither the store is held for long nor many of them are in memory at once.
+/// Between steps the store may be written and compacted, as long as [`RecordsWalk::floor`] is
+/// respected by every [`Store::compact_step`]; it may also be replaced by a later state of the
+/// same cluster that is not compacted beyond that floor. What comes out does not depend on it.
+#[derive(Debug, Clone)]
+pub struct RecordsWalk {
     at: i64,
     compact_revision: i64,
-    /// Where the next step begins; `None` when all keys were seen.
-    next_key: Option<Bytes>,
-    records: Vec<Record>,
+    /// Where the next step begins: a key, and a revision of it. `None` when all is seen.
+    next: Option<(Bytes, Revision)>,
 }
 
-impl RecordsCut {
+impl RecordsWalk {
     /// The revision the records are as of.
     pub fn revision(&self) -> i64 {
         self.at
@@ -94,17 +96,73 @@ impl RecordsCut {
         self.compact_revision
     }
 
-    /// Looks at up to `budget` further keys of `store`, which must be the one the cut was
-    /// begun with. Returns whether that was all.
+    /// Whether all records were seen.
+    pub fn is_done(&self) -> bool {
+        self.next.is_none()
+    }
+
+    /// Looks at about `budget` further keys and versions of `store`, and ends earlier once
+    /// the records shown to `visit` are `max_bytes` (at least 1). Returns whether that was all.
+    pub fn step(
+        &mut self,
+        store: &Store,
+        budget: usize,
+        max_bytes: usize,
+        mut visit: impl FnMut(Record),
+    ) -> bool {
+        let Some((start, from)) = self.next.take() else { return true };
+        let (mut looked, mut bytes) = (0, 0);
+        for (key, chain) in store.tree.iter_from(&start, false) {
+            // A version that was seen last is looked at no more, others of its key are.
+            let from = if *key == *start { from } else { Revision::default() };
+            if looked >= budget || bytes >= max_bytes {
+                self.next = Some((Bytes::copy_from_slice(key), from));
+                return false;
+            }
+            looked += 1;
+            let kept = chain.kept_from(self.compact_revision, from);
+            for version in kept.take_while(|version| version.revision.main <= self.at) {
+                if looked >= budget.max(2) || bytes >= max_bytes {
+                    self.next = Some((Bytes::copy_from_slice(key), version.revision));
+                    return false;
+                }
+                looked += 1;
+                let record = record(key, version);
+                bytes += record.2.len();
+                visit(record);
+            }
+        }
+        true
+    }
+}
+
+/// The records of a store as of one revision, gathered by a [`RecordsWalk`].
+pub struct RecordsCut {
+    walk: RecordsWalk,
+    records: Vec<Record>,
+}
+
+impl RecordsCut {
+    /// The revision the records are as of.
+    pub fn revision(&self) -> i64 {
+        self.walk.at
+    }
+
+    /// The compact revision that belongs to the records.
+    pub fn compact_revision(&self) -> i64 {
+        self.walk.compact_revision
+    }
+
+    /// The `floor` for [`Store::compact_step`] until the last step is done.
+    pub fn floor(&self) -> i64 {
+        self.walk.floor()
+    }
+
+    /// Looks at about `budget` further keys and versions of `store`, which must be the one
+    /// the cut was begun with. Returns whether that was all.
     pub fn step(&mut self, store: &Store, budget: usize) -> bool {
-        let Some(start) = self.next_key.take() else { return true };
-        let (at, records) = (self.at, &mut self.records);
-        self.next_key = store.for_each_chain(&start, budget, |key, chain| {
-            let kept = chain.kept_by(self.compact_revision);
-            let kept = kept.filter(|version| version.revision.main <= at);
-            records.extend(kept.map(|version| record(key, version)));
-        });
-        self.next_key.is_none()
+        let records = &mut self.records;
+        self.walk.step(store, budget, usize::MAX, |record| records.push(record))
     }
 
     /// The records gathered, in revision order.
@@ -116,14 +174,18 @@ impl RecordsCut {
 }
 
 impl Store {
-    /// Begins to gather all records as of the present revision.
-    pub fn records_cut(&self) -> RecordsCut {
-        RecordsCut {
+    /// Begins to walk all records as of the present revision.
+    pub fn records_walk(&self) -> RecordsWalk {
+        RecordsWalk {
             at: self.revision,
             compact_revision: self.compact_revision,
-            next_key: Some(Bytes::new()),
-            records: Vec::new(),
+            next: Some((Bytes::new(), Revision::default())),
         }
+    }
+
+    /// Begins to gather all records as of the present revision.
+    pub fn records_cut(&self) -> RecordsCut {
+        RecordsCut { walk: self.records_walk(), records: Vec::new() }
     }
 
     /// All records, in revision order: what a checkpoint must hold. In one go, which takes

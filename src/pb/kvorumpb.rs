@@ -6,7 +6,7 @@ pub struct Command {
     pub header: ::core::option::Option<CommandHeader>,
     #[prost(
         oneof = "command::Request",
-        tags = "4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23"
+        tags = "4, 5, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23, 24"
     )]
     pub request: ::core::option::Option<command::Request>,
 }
@@ -28,6 +28,7 @@ pub mod command {
         LeaseRevoke(super::super::etcdserverpb::LeaseRevokeRequest),
         #[prost(message, tag = "10")]
         Alarm(super::super::etcdserverpb::AlarmRequest),
+        /// Leases whose whole time is theirs again: asked for by keepalives, whoever leads.
         #[prost(message, tag = "11")]
         LeaseCheckpoint(super::super::etcdserverpb::LeaseCheckpointRequest),
         #[prost(message, tag = "20")]
@@ -38,6 +39,8 @@ pub mod command {
         MemberPublish(super::MemberPublish),
         #[prost(message, tag = "23")]
         MemberChange(super::MemberChange),
+        #[prost(message, tag = "24")]
+        LeaseRemainders(super::LeaseRemainders),
     }
 }
 /// Who asked. The triple (member, boot, sequence) is never used twice, so the
@@ -60,6 +63,15 @@ pub struct LeaseExpire {
     pub term: u64,
     #[prost(int64, repeated, tag = "2")]
     pub ids: ::prost::alloc::vec::Vec<i64>,
+}
+/// What is left of leases by the leader's clock. Ignored like LeaseExpire when the entry's
+/// term is another one: a later leader may have acknowledged keepalives meanwhile.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LeaseRemainders {
+    #[prost(uint64, tag = "1")]
+    pub term: u64,
+    #[prost(message, repeated, tag = "2")]
+    pub checkpoints: ::prost::alloc::vec::Vec<super::etcdserverpb::LeaseCheckpoint>,
 }
 /// A compaction that the leader decided by --auto-compaction-\*. Ignored like
 /// LeaseExpire when the entry's term is another one.
@@ -146,15 +158,24 @@ pub struct CheckpointHead {
     /// that is replaced by an empty one that begins there.
     #[prost(bool, tag = "10")]
     pub installed: bool,
+    /// How the state came to be up to applied_index: equal on all members that are there.
+    #[prost(fixed64, tag = "11")]
+    pub rolling_hash: u64,
 }
 /// Some of raft's messages, each in raft's own encoding.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RaftMessages {
     #[prost(bytes = "bytes", repeated, tag = "1")]
     pub messages: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
+    /// Unless zero, the receiver sends it back: that is how the round trip is measured.
+    #[prost(uint64, tag = "2")]
+    pub probe: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RaftMessagesEnd {}
+pub struct RaftMessagesReply {
+    #[prost(uint64, tag = "1")]
+    pub probe: u64,
+}
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SnapshotChunk {
     #[prost(oneof = "snapshot_chunk::Part", tags = "1, 2, 3")]
@@ -276,8 +297,31 @@ pub mod refusal {
         }
     }
 }
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RollingHashesRequest {
+    #[prost(uint64, repeated, tag = "1")]
+    pub indexes: ::prost::alloc::vec::Vec<u64>,
+}
+/// Those of the indexes that were asked for which the member has applied and still knows.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RollingHashesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub hashes: ::prost::alloc::vec::Vec<RollingHash>,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct MembersRequest {}
+pub struct RollingHash {
+    #[prost(uint64, tag = "1")]
+    pub index: u64,
+    #[prost(fixed64, tag = "2")]
+    pub hash: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MembersRequest {
+    /// Not from memory alone, if a majority can be asked: a member that lags behind may still know one that was removed, and
+    /// not yet the one that asks.
+    #[prost(bool, tag = "1")]
+    pub linearizable: bool,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct MembersResponse {
     #[prost(fixed64, tag = "1")]
@@ -376,13 +420,13 @@ pub mod peer_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Raft's messages, in order, for as long as the connection lives. The answer comes when
-        /// the stream ends.
+        /// Raft's messages, for as long as the connection lives. That the answer begins says that
+        /// the receiver takes them; after that it has nothing but answers to probes.
         pub async fn messages(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::RaftMessages>,
         ) -> std::result::Result<
-            tonic::Response<super::RaftMessagesEnd>,
+            tonic::Response<tonic::codec::Streaming<super::RaftMessagesReply>>,
             tonic::Status,
         > {
             self.inner
@@ -397,7 +441,7 @@ pub mod peer_client {
             let path = http::uri::PathAndQuery::from_static("/kvorumpb.Peer/Messages");
             let mut req = request.into_streaming_request();
             req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "Messages"));
-            self.inner.client_streaming(req, path, codec).await
+            self.inner.streaming(req, path, codec).await
         }
         /// A snapshot for a member that is too far behind. The receiver says first how much of it
         /// is there from an earlier attempt, and at the end that all of it is in force.
@@ -545,6 +589,31 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "HashKV"));
             self.inner.unary(req, path, codec).await
         }
+        /// How this member's state came to be, up to some indexes of the log.
+        pub async fn rolling_hashes(
+            &mut self,
+            request: impl tonic::IntoRequest<super::RollingHashesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RollingHashesResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/kvorumpb.Peer/RollingHashes",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("kvorumpb.Peer", "RollingHashes"));
+            self.inner.unary(req, path, codec).await
+        }
         /// Who belongs to the cluster, for one that is about to join.
         pub async fn members(
             &mut self,
@@ -582,12 +651,18 @@ pub mod peer_server {
     /// Generated trait containing gRPC methods that should be implemented for use with PeerServer.
     #[async_trait]
     pub trait Peer: std::marker::Send + std::marker::Sync + 'static {
-        /// Raft's messages, in order, for as long as the connection lives. The answer comes when
-        /// the stream ends.
+        /// Server streaming response type for the Messages method.
+        type MessagesStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::RaftMessagesReply, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// Raft's messages, for as long as the connection lives. That the answer begins says that
+        /// the receiver takes them; after that it has nothing but answers to probes.
         async fn messages(
             &self,
             request: tonic::Request<tonic::Streaming<super::RaftMessages>>,
-        ) -> std::result::Result<tonic::Response<super::RaftMessagesEnd>, tonic::Status>;
+        ) -> std::result::Result<tonic::Response<Self::MessagesStream>, tonic::Status>;
         /// Server streaming response type for the Snapshot method.
         type SnapshotStream: tonic::codegen::tokio_stream::Stream<
                 Item = std::result::Result<super::SnapshotProgress, tonic::Status>,
@@ -633,6 +708,14 @@ pub mod peer_server {
             request: tonic::Request<super::super::etcdserverpb::HashKvRequest>,
         ) -> std::result::Result<
             tonic::Response<super::super::etcdserverpb::HashKvResponse>,
+            tonic::Status,
+        >;
+        /// How this member's state came to be, up to some indexes of the log.
+        async fn rolling_hashes(
+            &self,
+            request: tonic::Request<super::RollingHashesRequest>,
+        ) -> std::result::Result<
+            tonic::Response<super::RollingHashesResponse>,
             tonic::Status,
         >;
         /// Who belongs to the cluster, for one that is about to join.
@@ -720,13 +803,12 @@ pub mod peer_server {
                 "/kvorumpb.Peer/Messages" => {
                     #[allow(non_camel_case_types)]
                     struct MessagesSvc<T: Peer>(pub Arc<T>);
-                    impl<
-                        T: Peer,
-                    > tonic::server::ClientStreamingService<super::RaftMessages>
+                    impl<T: Peer> tonic::server::StreamingService<super::RaftMessages>
                     for MessagesSvc<T> {
-                        type Response = super::RaftMessagesEnd;
+                        type Response = super::RaftMessagesReply;
+                        type ResponseStream = T::MessagesStream;
                         type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
+                            tonic::Response<Self::ResponseStream>,
                             tonic::Status,
                         >;
                         fn call(
@@ -759,7 +841,7 @@ pub mod peer_server {
                                 max_decoding_message_size,
                                 max_encoding_message_size,
                             );
-                        let res = grpc.client_streaming(method, req).await;
+                        let res = grpc.streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)
@@ -1030,6 +1112,51 @@ pub mod peer_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = HashKVSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvorumpb.Peer/RollingHashes" => {
+                    #[allow(non_camel_case_types)]
+                    struct RollingHashesSvc<T: Peer>(pub Arc<T>);
+                    impl<
+                        T: Peer,
+                    > tonic::server::UnaryService<super::RollingHashesRequest>
+                    for RollingHashesSvc<T> {
+                        type Response = super::RollingHashesResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::RollingHashesRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::rolling_hashes(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = RollingHashesSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(

@@ -72,6 +72,12 @@ impl LogCache {
         self.offers.insert(to, (mark, conf_state(configuration)));
     }
 
+    /// The image that was offered for a member was sent: for another attempt there has to be
+    /// another offer.
+    pub(super) fn withdraw_offer(&mut self, to: u64) {
+        self.offers.remove(&to);
+    }
+
     /// Members that raft wanted to send a snapshot, and had none to send.
     pub(super) fn take_wanted(&mut self) -> Vec<u64> {
         std::mem::take(self.wanted.get_mut()).into_iter().collect()
@@ -104,14 +110,19 @@ impl LogCache {
         self.configuration = configuration;
     }
 
-    /// Entries up to `applied` are applied: forgets all but the last `keep` of them, and
-    /// those that are too many bytes.
-    pub(super) fn forget_applied(&mut self, applied: u64, keep: u64) {
+    /// Behind which index the log held here begins.
+    pub(super) fn start_index(&self) -> u64 {
+        self.start.index
+    }
+
+    /// Entries up to `applied` are applied: forgets those up to `forget`, and those that are
+    /// too many bytes.
+    pub(super) fn forget_applied(&mut self, applied: u64, forget: u64) {
         let alone = self.configuration.voters.len() + self.configuration.learners.len() <= 1;
         let bytes_max = if alone { APPLIED_BYTES_MAX_ALONE } else { APPLIED_BYTES_MAX };
         while let Some(first) = self.entries.front()
             && first.index < applied
-            && (first.index + keep <= applied || self.bytes > bytes_max)
+            && (first.index <= forget || self.bytes > bytes_max)
         {
             self.start = Mark { index: first.index, term: first.term };
             self.bytes -= size(first);

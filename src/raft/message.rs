@@ -26,10 +26,10 @@ pub struct Outgoing {
 /// How a message travels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// With entries: in order behind others.
-    Append,
-    /// Small, and of use only while it is fresh: heartbeats, votes, acknowledgements.
-    Small,
+    /// Entries, and what acknowledges them: behind others of the kind.
+    Log,
+    /// Small, and late is as bad as never: heartbeats, votes, reads, and their answers.
+    Urgent,
     /// Goes with the image of the state as of this entry, and is stepped by the receiver
     /// once that is there. What became of it is reported by
     /// [`Node::report_snapshot`](super::Node::report_snapshot).
@@ -83,8 +83,8 @@ pub(super) fn encode(message: &eraftpb::Message) -> Option<Outgoing> {
             let metadata = message.get_snapshot().get_metadata();
             Kind::Snapshot(Mark { index: metadata.index, term: metadata.term })
         }
-        MessageType::MsgAppend if !message.entries.is_empty() => Kind::Append,
-        _ => Kind::Small,
+        MessageType::MsgAppend | MessageType::MsgAppendResponse => Kind::Log,
+        _ => Kind::Urgent,
     };
     // A message that raft made can be encoded: it is no longer than memory.
     let bytes = message.write_to_bytes().ok()?;

@@ -30,6 +30,7 @@
 //!   change at a time, of one member, so that no configuration is ever joint.
 
 mod cache;
+mod change;
 mod drain;
 mod message;
 
@@ -37,11 +38,12 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChangeSingle, ConfChangeType, ConfChangeV2, EntryType, MessageType};
-use raft::{Config as RaftConfig, RawNode, SnapshotStatus, StateRole};
+use raft::eraftpb::{ConfChangeV2, MessageType};
+use raft::{Config as RaftConfig, ProgressState, RawNode, SnapshotStatus, StateRole};
 
 use crate::log::{Entry, HardState, Mark};
 pub use cache::LogCache;
+pub use change::{Change, change_entry, is_change};
 pub use message::{Kind, Malformed, Outgoing};
 
 /// One message between members carries at most this many bytes of entries; etcd's value.
@@ -176,17 +178,6 @@ pub enum Refused {
     Busy,
 }
 
-/// A change of who votes and who listens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
-    /// A member votes from now on: a new one, or one that has listened.
-    Vote(u64),
-    /// A new member listens.
-    Listen(u64),
-    /// A member is no longer part of it.
-    Remove(u64),
-}
-
 /// How far a member is, as its leader knows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
@@ -214,6 +205,8 @@ pub struct Node {
     released: Vec<Outgoing>,
     /// The snapshot that is being put in force.
     installing: Option<u64>,
+    /// What was applied meanwhile; raft would not believe it before the image is in force.
+    applied_meanwhile: u64,
     /// Committed changes that the state machine has yet to judge, by index.
     changes: BTreeMap<u64, ConfChangeV2>,
     patience: Patience,
@@ -317,6 +310,7 @@ impl Node {
             held: VecDeque::new(),
             released: Vec::new(),
             installing: None,
+            applied_meanwhile: 0,
             changes: BTreeMap::new(),
             patience: Patience { seed: mix(seed ^ id), round: 0, election_ticks },
             #[cfg(test)]
@@ -459,11 +453,6 @@ impl Node {
         if self.raw.raft.has_pending_conf() {
             return Err(Refused::Busy);
         }
-        let (kind, id) = match change {
-            Change::Vote(id) => (ConfChangeType::AddNode, id),
-            Change::Listen(id) => (ConfChangeType::AddLearnerNode, id),
-            Change::Remove(id) => (ConfChangeType::RemoveNode, id),
-        };
         if change == Change::Remove(self.raw.raft.id)
             && let Some(successor) = self.successor()
         {
@@ -471,9 +460,7 @@ impl Node {
             self.transfer_leader(successor);
             return Err(Refused::NotLeader);
         }
-        let single =
-            ConfChangeSingle { change_type: kind, node_id: id, ..ConfChangeSingle::default() };
-        let change = ConfChangeV2 { changes: vec![single].into(), ..ConfChangeV2::default() };
+        let change = change.to_raft();
         self.raw.propose_conf_change(command.into(), change).map_err(|_| Refused::Full)
     }
 
@@ -510,6 +497,11 @@ impl Node {
             self.installing = None;
         }
         self.raw.on_persist_ready(number);
+        let meanwhile = std::mem::take(&mut self.applied_meanwhile);
+        if meanwhile != 0 {
+            // Kept once more while the installation goes on.
+            self.applied(meanwhile);
+        }
         while self.held.front().is_some_and(|(held, _)| *held <= number) {
             self.released.extend(self.held.pop_front().into_iter().flat_map(|(_, held)| held));
         }
@@ -522,10 +514,16 @@ impl Node {
     }
 
     /// What became of a snapshot that was sent: whether it is in force over there. Until it
-    /// is told, raft sends that member nothing else.
+    /// is told, raft sends that member nothing else; from then on the offer does not hold.
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
+        self.raw.mut_store().withdraw_offer(to);
         self.raw.report_snapshot(to, status);
+    }
+
+    /// Whether a snapshot is being put in force.
+    pub fn is_installing(&self) -> bool {
+        self.installing.is_some()
     }
 
     /// The state machine has applied, or refused, the change of the configuration at
@@ -542,11 +540,29 @@ impl Node {
         Ok(())
     }
 
-    /// Everything up to `index` is applied, of which the last entries are kept.
+    /// Everything up to `index` is applied, of which the last entries are kept, and those
+    /// that a member will need which is being sent a snapshot.
     pub fn applied(&mut self, index: u64) {
+        if self.installing.is_some() {
+            self.applied_meanwhile = index;
+            return;
+        }
         self.raw.advance_apply_to(index);
-        let keep = self.catch_up_entries;
-        self.raw.mut_store().forget_applied(index, keep);
+        let needed = self
+            .raw
+            .raft
+            .prs()
+            .iter()
+            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
+            .map(|(_, progress)| progress.pending_snapshot)
+            .min();
+        let keep = index.saturating_sub(self.catch_up_entries);
+        self.raw.mut_store().forget_applied(index, needed.unwrap_or(keep).min(keep));
+    }
+
+    /// The log held here begins behind this index: a snapshot has to reach at least there.
+    pub fn log_start(&self) -> u64 {
+        self.raw.store().start_index()
     }
 
     /// A member cannot be reached: raft probes it rather than send it one message after the
@@ -668,13 +684,33 @@ impl Node {
     /// Remembers a committed change of the configuration until the state machine has judged
     /// it. The type is looked at and not the data, which may be empty.
     fn note_change(&mut self, entry: &Entry) -> Result<(), RaftError> {
-        if entry.kind == EntryType::EntryConfChangeV2 as u8 {
+        if is_change(entry) {
             let change = ConfChangeV2::parse_from_bytes(&entry.data).map_err(|error| {
                 RaftError(format!("entry {} holds no change of membership: {error}", entry.index))
             })?;
             self.changes.insert(entry.index, change);
         }
         Ok(())
+    }
+
+    /// What a failed simulation tells of the node.
+    #[cfg(test)]
+    pub(crate) fn describe(&self) -> String {
+        let raft = &self.raw.raft;
+        let members: Vec<String> =
+            raft.prs().iter().map(|(id, progress)| format!("{id:x}: {progress:?}")).collect();
+        format!(
+            "committed {}, applied {}, persisted {}, last {}, log from {}, unpersisted {}, \
+             installing {:?}, held {}, voters and listeners {members:?}",
+            raft.raft_log.committed,
+            raft.raft_log.applied,
+            raft.raft_log.persisted,
+            raft.raft_log.last_index(),
+            self.log_start(),
+            self.unpersisted,
+            self.installing,
+            self.held.len(),
+        )
     }
 
     fn role_change(&mut self) -> Option<Role> {
@@ -700,12 +736,6 @@ fn read_ready(state: &raft::ReadState) -> Option<ReadReady> {
 pub fn command(entry: &Entry) -> Option<&Bytes> {
     let command = if is_change(entry) { &entry.context } else { &entry.data };
     (!command.is_empty()).then_some(command)
-}
-
-/// Whether the entry changes the configuration: [`Node::change_applied`] wants to know what
-/// became of it.
-pub fn is_change(entry: &Entry) -> bool {
-    entry.kind == EntryType::EntryConfChangeV2 as u8
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
 use bytes::Bytes;
+use raft::eraftpb::EntryType;
 
 use super::*;
 
@@ -318,6 +319,83 @@ fn three_elect_one_and_commit_what_it_proposes() {
 fn the_same_seed_elects_the_same_leader() {
     let first: Vec<u64> = (0..5).map(|_| Three::new().elect()).collect();
     assert!(first.windows(2).all(|two| two[0] == two[1]), "{first:?}");
+}
+
+/// Before a leader has committed in its own term it does not know what earlier leaders
+/// committed, and a read at its commit index could miss that.
+#[test]
+fn a_new_leader_answers_no_read_before_it_has_committed_in_its_term() {
+    let mut node = empty();
+    let mut unfinished = Vec::new();
+    for _ in 0..100 {
+        node.tick();
+        while let Some(effects) = node.effects().expect("effects") {
+            unfinished.extend(effects.append.map(|append| append.number));
+        }
+    }
+    assert!(node.role.is_leader, "and what it wrote is not on disk yet");
+    node.read_index(context(1));
+    let early = node.effects().expect("effects");
+    assert!(early.is_none_or(|effects| effects.reads.is_empty()));
+    unfinished.into_iter().for_each(|number| node.persisted(number));
+    let last = settle(&mut node).last().expect("committed").index;
+    assert!(node.read_index(context(2)));
+    let effects = node.effects().expect("effects").expect("a read");
+    assert_eq!(effects.reads, [ReadReady { context: context(2), index: last }]);
+}
+
+/// With pre-vote a member does not learn of a later term by being asked for its vote; the
+/// others must learn from its answer all the same.
+#[test]
+fn a_member_of_an_old_term_still_makes_a_majority() {
+    let mut three = Three::new();
+    let first = three.elect();
+    let behind = 1 + first % 3;
+    let other = 6 - first - behind;
+    three.cut_off = vec![behind];
+    for (from, to) in [(first, other), (other, first), (first, other)] {
+        three.node(from).transfer_leader(to);
+        three.settle();
+        assert!(three.node(to).role.is_leader);
+    }
+    assert!(three.node(behind).term() < three.node(first).term());
+    three.cut_off = vec![other];
+    assert_eq!(three.elect(), first, "only its log has everything");
+}
+
+#[test]
+fn a_member_that_was_cut_off_comes_back_without_an_election() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    let term = three.node(leader).term();
+    three.cut_off = vec![1 + leader % 3];
+    for _ in 0..100 {
+        three.tick();
+    }
+    three.cut_off.clear();
+    for _ in 0..100 {
+        three.tick();
+    }
+    assert!(three.node(leader).role.is_leader);
+    assert!(three.nodes.values().all(|node| node.term() == term));
+}
+
+/// The leader they knew would keep them from hearing each other, if they clung to it.
+#[test]
+fn two_that_campaign_at_the_same_time_elect_one() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    let term = three.node(leader).term();
+    let left: Vec<u64> = (1..=3).filter(|id| *id != leader).collect();
+    three.cut_off = vec![leader];
+    for _ in 0..200 {
+        for id in &left {
+            three.node(*id).tick();
+        }
+        three.settle();
+    }
+    let leads = |id: &&u64| three.nodes[*id].role.is_leader && three.nodes[*id].role.term > term;
+    assert_eq!(left.iter().filter(leads).count(), 1);
 }
 
 /// A vote that was given and forgotten could be given twice.

@@ -7,14 +7,19 @@
 //! Between turns it does what else changes the state's memory: physical compaction
 //! in small steps, and cuts for the checkpoint.
 
+mod install;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::RwLock;
 use prost::Message as _;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
+pub use self::install::Replacement;
 use super::checkpoint_thread::Checkpointer;
 use super::fault::Fault;
 use super::hashes::{HashJob, HashQueue};
@@ -22,6 +27,7 @@ use super::leases::LeaseClock;
 use super::pins::Pins;
 use super::published::Published;
 use super::raft_thread::RaftInput;
+use super::rolling_hashes::{At, RollingHashes};
 use super::waiters::{Answer, Waiters};
 use super::watch_hub::Feed;
 use crate::error::Error;
@@ -45,6 +51,8 @@ const PINNED_PAUSE: Duration = Duration::from_millis(10);
 pub enum ApplyTask {
     /// Apply these committed entries, which follow the last ones.
     Entries(Vec<Entry>),
+    /// Go on with another state, which a durable checkpoint holds.
+    Install(Box<Replacement>),
     /// Stop. What is queued, and not yet applied, is applied at the next start.
     Stop,
 }
@@ -83,6 +91,8 @@ pub struct ApplyThread {
     pub hashes: HashQueue,
     /// Where cuts go.
     pub checkpointer: Checkpointer,
+    /// Rolling hashes, for comparing members.
+    pub rolling_hashes: Arc<RollingHashes>,
     /// How fast to compact.
     pub pace: CompactionPace,
     /// An apply that takes longer is logged: `--warning-apply-duration`.
@@ -95,7 +105,7 @@ pub struct ApplyThread {
 
 /// Work in progress of this thread.
 #[derive(Default)]
-struct Progress {
+pub(crate) struct Progress {
     entries: VecDeque<Entry>,
     /// When the next step of physical compaction is due; `None` when all is done.
     compact_at: Option<Instant>,
@@ -138,9 +148,7 @@ impl ApplyThread {
     }
 
     fn run_until_stopped(&mut self) {
-        // What was recovered may hold versions that a compaction had yet to remove.
-        let mut progress =
-            Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() };
+        let mut progress = self.begin();
         loop {
             let received = if progress.entries.is_empty() {
                 self.receive(&mut progress)
@@ -150,13 +158,36 @@ impl ApplyThread {
             if received == Received::Stop {
                 return;
             }
-            if let Err(error) = self.apply_some(&mut progress) {
+            if let Err(error) = self.go_on(&mut progress) {
                 return self.fault.raise("apply", error);
             }
-            // Also while entries keep coming: what is compacted takes memory.
-            self.compact(&mut progress);
-            self.checkpointer.cut_if_due(&self.state);
         }
+    }
+
+    /// What is under way when nothing is: see [`ApplyThread::run`].
+    fn begin(&self) -> Progress {
+        // What was recovered may hold versions that a compaction had yet to remove.
+        Progress { compact_at: Some(Instant::now() + self.pace.pause), ..Progress::default() }
+    }
+
+    fn go_on(&mut self, progress: &mut Progress) -> Result<(), CorruptEntry> {
+        self.apply_some(progress)?;
+        // Also while entries keep coming: what is compacted takes memory.
+        self.compact(progress);
+        self.checkpointer.cut_if_due(&self.state);
+        Ok(())
+    }
+
+    /// Does what waits, without waiting for more. What a simulator calls instead of
+    /// [`ApplyThread::run`]. Returns whether more waits.
+    #[cfg(test)]
+    pub(crate) fn turn(&mut self, progress: &mut Option<Progress>) -> Result<bool, CorruptEntry> {
+        let mut under_way = progress.take().unwrap_or_else(|| self.begin());
+        self.receive_now(&mut under_way);
+        let went = self.go_on(&mut under_way);
+        let more = !under_way.entries.is_empty();
+        *progress = Some(under_way);
+        went.map(|()| more)
     }
 
     /// Waits for a task, or for the time of something else to do.
@@ -191,6 +222,7 @@ impl ApplyThread {
     fn accept(&mut self, task: ApplyTask, progress: &mut Progress) -> Received {
         match task {
             ApplyTask::Entries(entries) => progress.entries.extend(entries),
+            ApplyTask::Install(replacement) => self.install(*replacement, progress),
             ApplyTask::Stop => return Received::Stop,
         }
         Received::Went
@@ -213,6 +245,7 @@ impl ApplyThread {
     fn apply_under_lock(&mut self, decoded: &mut VecDeque<Decoded>, progress: &mut Progress) {
         let mut effects = Effects::default();
         let mut applied = Vec::with_capacity(decoded.len());
+        let mut rolling_hashes = Vec::with_capacity(decoded.len());
         let mut last = Mark::default();
         let began = Instant::now();
 
@@ -223,12 +256,14 @@ impl ApplyThread {
             last = entry;
             let Some(command) = command else {
                 state.apply_empty(entry);
+                rolling_hashes.push(At { index: entry.index, hash: state.rolling_hash() });
                 continue;
             };
             let header = command.header;
             let op = command.request.as_ref().map(Op::from);
             let changes_before = effects.changes.len();
             let outcome = state.apply(entry, command, &mut effects);
+            rolling_hashes.push(At { index: entry.index, hash: state.rolling_hash() });
             let changed = effects.changes.len() - changes_before;
             if is_change {
                 let (index, is_accepted) = (entry.index, outcome.is_ok());
@@ -249,12 +284,17 @@ impl ApplyThread {
         self.checkpointer.note(&state);
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_in_use_bytes());
+        if effects.members_changed {
+            self.published.set_learner(state.is_learner());
+            self.published.members.send_modify(|changes| *changes += 1);
+        }
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.
             self.hashes.push(HashJob::new(hash, &self.pins));
         }
         drop(state);
 
+        self.rolling_hashes.extend(&rolling_hashes);
         self.published.set_applied(last.index, last.term);
         self.count(&applied, &effects, last);
         if !effects.changes.is_empty() {
@@ -390,7 +430,7 @@ enum Received {
     "entry {index} of the raft log is not a command this version understands ({error}); \
      start the version that wrote it, or restore from a snapshot"
 )]
-struct CorruptEntry {
+pub(crate) struct CorruptEntry {
     index: u64,
     error: prost::DecodeError,
 }

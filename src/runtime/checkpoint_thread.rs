@@ -22,20 +22,29 @@
 //! * The head's index never goes back: leases are written in place, so an older head
 //!   beside newer leases would be the state of no index at all.
 
+mod install;
+
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::RwLock;
 use tokio::sync::oneshot;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
+pub use self::install::Install;
+pub(crate) use self::install::Installing;
+use super::apply_thread::ApplyTask;
 use super::fault::Fault;
+use super::image::FillError;
 use super::log_thread::LogTask;
 use super::pins::Pins;
 use super::published::Published;
+use super::raft_thread::Flow;
 use super::records;
 use super::space::{self, RESERVE_BYTES, STORE_BYTES_PER_BYTE, Shortage};
 use crate::error::Error;
@@ -83,6 +92,8 @@ pub enum CheckpointTask {
     /// Write everything anew, give back the space of the old checkpoint, and answer:
     /// [`Error::NoSpace`] when there is no space for both.
     Rewrite(oneshot::Sender<Result<(), Error>>),
+    /// Replace the checkpoint, the state and the log by an image from another member.
+    Install(Box<Install>),
     /// Stop. What is queued before it is written.
     Stop,
 }
@@ -174,6 +185,13 @@ impl Checkpointer {
         let _ = self.tasks.send(CheckpointTask::Write(cut, reason));
     }
 
+    /// The state was replaced by one that its checkpoint holds, which is like a snapshot.
+    pub fn replaced(&mut self, state: &StateMachine) {
+        self.snapshot_index = state.applied().index;
+        self.dirty_since = None;
+        self.note(state);
+    }
+
     fn reason_now(&self) -> Option<CutReason> {
         if self.applied_index.saturating_sub(self.snapshot_index) > self.snapshot_count {
             Some(CutReason::Snapshot)
@@ -224,6 +242,8 @@ pub struct CheckpointThread {
     pub tasks: Receiver<CheckpointTask>,
     /// Where the log is told what it no longer needs to hold.
     pub log: Sender<LogTask>,
+    /// Where the state is replaced.
+    pub apply: Sender<ApplyTask>,
     /// The applied index of the checkpoint as it is on disk.
     pub durable_index: u64,
     /// The revision that goes with it.
@@ -259,32 +279,55 @@ impl CheckpointThread {
         }
     }
 
-    fn run_until_stopped(&mut self) -> Result<(), StorageError> {
-        let mut waiting: Option<WaitingCut> = None;
+    fn run_until_stopped(&mut self) -> Result<(), CheckpointError> {
+        let mut under_way = UnderWay::default();
         loop {
-            let task = match &waiting {
+            if let Some(installing) = under_way.installing.take()
+                && !self.finish_install(installing)
+            {
+                return Ok(());
+            }
+            let task = match &under_way.cut {
                 None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(_) => self.tasks.recv_timeout(FULL_RETRY),
             };
-            match task {
-                Ok(CheckpointTask::Write(cut, reason)) => {
-                    waiting = Some(WaitingCut { cut, reason, since: Instant::now() });
-                }
-                Ok(CheckpointTask::Rewrite(done)) => {
-                    let rewritten = self.rewrite_where_there_is_space()?;
-                    // Whoever asked may have gone.
-                    let _ = done.send(rewritten);
-                }
-                // What waits for space is in the log.
-                Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            if let Some(cut) = &waiting
-                && self.write(cut)?
-            {
-                waiting = None;
+            if self.turn(task, &mut under_way)? == Flow::Stop {
+                return Ok(());
             }
         }
+    }
+
+    /// Does one task, and writes the cut that waits if there is space.
+    pub(crate) fn turn(
+        &mut self,
+        task: Result<CheckpointTask, RecvTimeoutError>,
+        under_way: &mut UnderWay,
+    ) -> Result<Flow, CheckpointError> {
+        match task {
+            Ok(CheckpointTask::Write(cut, reason)) => {
+                under_way.cut = Some(WaitingCut { cut, reason, since: Instant::now() });
+            }
+            Ok(CheckpointTask::Rewrite(done)) => {
+                let rewritten = self.rewrite_where_there_is_space()?;
+                // Whoever asked may have gone.
+                let _ = done.send(rewritten);
+            }
+            Ok(CheckpointTask::Install(install)) => match self.begin_install(*install)? {
+                Some(installing) => under_way.installing = Some(installing),
+                None => return Ok(Flow::Stop),
+            },
+            // What waits for space is in the log.
+            Ok(CheckpointTask::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                return Ok(Flow::Stop);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Some(cut) = &under_way.cut
+            && self.write(cut)?
+        {
+            under_way.cut = None;
+        }
+        Ok(Flow::GoOn)
     }
 
     /// Writes a cut if there is space for it; `false` if there is none. Nothing is lost
@@ -293,7 +336,8 @@ impl CheckpointThread {
     fn write(&mut self, waiting: &WaitingCut) -> Result<bool, StorageError> {
         let WaitingCut { cut, reason, since } = waiting;
         let needed_bytes = needed_bytes(cut.dirty.records_bytes as u64);
-        // Everything was written anew while the cut waited: the checkpoint holds it.
+        // Everything was written anew while the cut waited, and the checkpoint holds it; or a
+        // snapshot was installed, and the log does not reach back to the cut.
         let is_superseded = cut.head.applied_index < self.durable_index;
         if !is_superseded && !self.write_where_there_is_space(cut, needed_bytes)? {
             if !self.shortage.set_checkpoint_waits(true) {
@@ -310,7 +354,9 @@ impl CheckpointThread {
         }
         self.shortage.set_cut_bytes(0);
         self.busy.store(false, Ordering::Release);
-        self.tell(cut, *reason, since.elapsed())?;
+        if !is_superseded {
+            self.tell(cut, *reason, since.elapsed())?;
+        }
         Ok(true)
     }
 
@@ -471,6 +517,23 @@ impl CheckpointThread {
         tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");
         Ok(next)
     }
+}
+
+/// Why the checkpoint thread cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CheckpointError {
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error("cannot install a snapshot: {0}")]
+    Install(#[from] FillError),
+}
+
+/// What is not done in one turn.
+#[derive(Default)]
+pub(crate) struct UnderWay {
+    cut: Option<WaitingCut>,
+    /// Nothing else is done before it is.
+    pub(crate) installing: Option<Installing>,
 }
 
 /// A cut on its way to the disk.

@@ -11,13 +11,26 @@ use tokio::sync::watch;
 
 /// Why the member cannot go on. The text names what failed and where.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("{0}")]
-pub struct Fatal(pub Arc<str>);
+#[error("{text}")]
+pub struct Fatal {
+    text: Arc<str>,
+    is_removal: bool,
+}
+
+/// What a member says that was removed from its cluster.
+const REMOVED: &str = "the member has been permanently removed from the cluster, and its data \
+    directory is of no more use: for a member at this place, remove the directory, run \
+    `etcdctl member add`, and start it with --initial-cluster-state=existing";
 
 impl Fatal {
     /// A fatal error of this text.
     pub fn new(text: impl Into<String>) -> Fatal {
-        Fatal(Arc::from(text.into()))
+        Fatal { text: Arc::from(text.into()), is_removal: false }
+    }
+
+    /// Whether nothing failed: the member was removed from its cluster.
+    pub fn is_removal(&self) -> bool {
+        self.is_removal
     }
 }
 
@@ -40,6 +53,15 @@ impl Fault {
         let fatal = Fatal::new(format!("{who}: {error}"));
         if self.first.set(fatal).is_ok() {
             tracing::error!(error = %error, "{who} failed; this member stops");
+            self.raised.send_replace(true);
+        }
+    }
+
+    /// Reports that this member was removed from its cluster: its end, and nobody's fault.
+    pub fn raise_removal(&self) {
+        let fatal = Fatal { text: Arc::from(REMOVED), is_removal: true };
+        if self.first.set(fatal).is_ok() {
+            tracing::warn!("{REMOVED}");
             self.raised.send_replace(true);
         }
     }

@@ -73,6 +73,11 @@ impl CompactionHashes {
         settled.done.get(&revision).copied()
     }
 
+    /// All that are kept, the newest first.
+    pub fn newest_first(&self) -> Vec<KeyValueHash> {
+        self.kept.borrow().done.values().rev().copied().collect()
+    }
+
     fn keep(&self, hash: KeyValueHash) {
         self.kept.send_modify(|kept| {
             kept.done.insert(hash.revision, hash);
@@ -136,7 +141,9 @@ pub fn hasher(
             let hashes = Arc::clone(&hashes);
             // Sorting and hashing takes long; it must not hold up those who serve.
             let worked = tokio::task::spawn_blocking(move || {
-                hashes.keep(work_out(&state, job));
+                if let Some(hash) = work_out(&state, job) {
+                    hashes.keep(hash);
+                }
                 drop(under_way);
             });
             if let Err(error) = worked.await {
@@ -147,16 +154,25 @@ pub fn hasher(
     (queue, work)
 }
 
-/// Works a hash out, in steps between which writes go on. Blocks.
+/// Works a hash out, in steps between which writes go on. Blocks. `None` when the state was
+/// replaced meanwhile by one that is compacted further.
 ///
 /// It does not look at how old its pin is: it sees each key once, and asking again would take
 /// as long.
-pub fn work_out(state: &RwLock<StateMachine>, job: HashJob) -> KeyValueHash {
+pub fn work_out(state: &RwLock<StateMachine>, job: HashJob) -> Option<KeyValueHash> {
     let HashJob { mut hash, pin } = job;
-    while !hash.step(state.read().store(), KEYS_PER_STEP) {}
+    loop {
+        let state = state.read();
+        if pin.is_lost() {
+            return None;
+        }
+        if hash.step(state.store(), KEYS_PER_STEP) {
+            break;
+        }
+    }
     drop(pin);
     let (revision, compact_revision) = (hash.revision(), hash.compact_revision());
-    KeyValueHash { hash: hash.finish(), compact_revision, revision }
+    Some(KeyValueHash { hash: hash.finish(), compact_revision, revision })
 }
 
 #[cfg(test)]
@@ -210,5 +226,7 @@ mod tests {
         }
         assert_eq!(hashes.get(10).await, None);
         assert_eq!(hashes.get(11).await, Some(hash(11)));
+        let kept: Vec<i64> = hashes.newest_first().iter().map(|kept| kept.revision).collect();
+        assert_eq!(kept, [20, 19, 18, 17, 16, 15, 14, 13, 12, 11]);
     }
 }

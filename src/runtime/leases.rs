@@ -6,10 +6,12 @@
 //! leader: it may have been asleep for minutes and not know (etcd #15247).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 use super::proposer::Proposer;
 use super::published::Published;
@@ -17,7 +19,7 @@ use crate::error::Error;
 use crate::lease::{Expiry, Lessor, Renewal};
 use crate::metrics::Metrics;
 use crate::pb::etcdserverpb::{LeaseCheckpoint, LeaseCheckpointRequest};
-use crate::pb::kvorumpb::{LeaseExpire, command::Request};
+use crate::pb::kvorumpb::{LeaseExpire, LeaseRemainders, command::Request};
 use crate::state::{LeaseChange, StateMachine};
 
 /// How often the leader looks for leases whose time is up. etcd takes 500 ms.
@@ -30,6 +32,12 @@ const CHECKPOINT_INTERVAL: Duration = Duration::from_secs(300);
 const CHECKPOINTS_PER_ENTRY: usize = 1000;
 /// Leases given a deadline in one hold of the lock when this member begins to lead.
 const SCHEDULED_PER_STEP: usize = 10_000;
+
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: the leader ends leases without making sure that it still leads.
+    pub(crate) static EXPIRES_UNASKED: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
 
 /// The deadlines. One lock, held briefly: by keepalives, by the apply thread for
 /// leases that came or went, by the duty below.
@@ -122,6 +130,12 @@ impl LeaseClock {
         self.changed.send_replace(());
     }
 
+    /// The state was replaced by another member's: this one does not lead, and what it may
+    /// still remember of deadlines is of leases that need not be there any more.
+    pub fn state_replaced(&self) {
+        self.demote();
+    }
+
     /// This member leads no more.
     fn demote(&self) {
         let mut deadlines = self.deadlines.lock();
@@ -139,11 +153,12 @@ impl LeaseClock {
     /// tell a client that its keys are gone while others still read them.
     ///
     /// # Errors
-    /// [`Error::NoLeader`] when this member does not lead, or stops leading meanwhile;
-    /// [`Error::Timeout`], [`Error::Stopped`].
+    /// [`Error::NotLeader`] when this member does not lead, [`Error::NoLeader`] when it stops
+    /// leading meanwhile; [`Error::Timeout`], [`Error::Stopped`].
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
         let mut waiting = None;
         loop {
+            proposer.confirm_leadership().await?;
             let (renewal, complete) = {
                 let mut deadlines = self.deadlines.lock();
                 (deadlines.expiry.renew(id, self.now()), deadlines.complete)
@@ -194,6 +209,7 @@ impl LeaseClock {
         let mut role = self.published.role.subscribe();
         let mut stopped = self.published.stopped.subscribe();
         tokio::select! {
+            biased;
             seen = waiting.changed.changed() => seen.map_err(|_| Error::Stopped),
             _ = role.wait_for(|role| !role.is_leader) => Err(Error::NoLeader),
             _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
@@ -233,6 +249,7 @@ impl LeaseDuty {
         let mut role = self.published.role.subscribe();
         loop {
             tokio::select! {
+                biased;
                 _ = ticks.tick() => {}
                 changed = role.changed() => if changed.is_err() { return },
             }
@@ -253,7 +270,7 @@ impl LeaseDuty {
                 led_term = Some(now.term);
             }
             self.expire(now.term).await;
-            self.checkpoint().await;
+            self.checkpoint(now.term).await;
         }
     }
 
@@ -268,7 +285,13 @@ impl LeaseDuty {
             }
             let count = ids.len();
             let expired = async {
-                self.proposer.read_barrier().await?;
+                #[cfg(test)]
+                let unasked = EXPIRES_UNASKED.get();
+                #[cfg(not(test))]
+                let unasked = false;
+                if !unasked {
+                    self.proposer.read_barrier().await?;
+                }
                 self.proposer.propose(Request::LeaseExpire(LeaseExpire { term, ids })).await
             };
             match expired.await {
@@ -285,7 +308,7 @@ impl LeaseDuty {
         }
     }
 
-    async fn checkpoint(&self) {
+    async fn checkpoint(&self, term: u64) {
         let due = {
             let now = self.clock.now();
             self.clock.deadlines.lock().expiry.due_checkpoints(now, CHECKPOINTS_PER_ENTRY)
@@ -295,8 +318,8 @@ impl LeaseDuty {
         }
         let checkpoints =
             due.into_iter().map(|(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl });
-        let request = LeaseCheckpointRequest { checkpoints: checkpoints.collect() };
-        if let Err(error) = self.proposer.propose(Request::LeaseCheckpoint(request)).await {
+        let request = LeaseRemainders { term, checkpoints: checkpoints.collect() };
+        if let Err(error) = self.proposer.propose(Request::LeaseRemainders(request)).await {
             tracing::warn!(%error, "failed to checkpoint leases");
         }
     }

@@ -7,10 +7,18 @@
 //! A pin keeps superseded versions in memory, so it must end. What waits for others (a range
 //! or transaction that gives way between steps, a stream that waits for its client) looks
 //! at the clock, and ends after [`PIN_MAX`]. What does not (hashes, and the checkpoint's
-//! rewrite) takes as long as it takes to see each key once.
+//! rewrite) takes as long as it takes to see each key once. Images for other members are
+//! somewhere between: they end when nothing of them is taken for a while.
+//!
+//! **A state that is replaced**, by a snapshot from another member, holds the same at every
+//! revision that both have: a read of one of these goes on in the new state as if nothing had
+//! happened. What is below the new state's compact revision is not there, whatever was pinned:
+//! such a pin is *lost* ([`Pin::is_lost`]), and its reader must give up. Readers look, in the
+//! same hold of the state's lock, before each step.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -20,9 +28,17 @@ use parking_lot::Mutex;
 pub const PIN_MAX: Duration = Duration::from_secs(60);
 
 /// All pinned revisions.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Pins {
     readers: Mutex<BTreeMap<i64, usize>>,
+    /// The compact revision of the last state that replaced another.
+    lost_below: AtomicI64,
+}
+
+impl Default for Pins {
+    fn default() -> Pins {
+        Pins { readers: Mutex::default(), lost_below: AtomicI64::new(i64::MIN) }
+    }
 }
 
 /// One reader's hold on a revision; ends when dropped.
@@ -41,6 +57,12 @@ impl Pins {
         Pin { pins: Arc::clone(self), revision, since: Instant::now() }
     }
 
+    /// The state was replaced by one with this compact revision: pins of earlier revisions are
+    /// lost. To be called under the state's write lock.
+    pub fn lose_below(&self, compact_revision: i64) {
+        self.lost_below.fetch_max(compact_revision, Ordering::AcqRel);
+    }
+
     /// How many readers hold a revision.
     pub fn readers(&self) -> usize {
         self.readers.lock().values().sum()
@@ -56,6 +78,12 @@ impl Pin {
     /// The pinned revision.
     pub fn revision(&self) -> i64 {
         self.revision
+    }
+
+    /// Whether the state was replaced by one that does not have the pinned revision. To be
+    /// asked under the state's lock, in the hold that the answer is for.
+    pub fn is_lost(&self) -> bool {
+        self.revision < self.pins.lost_below.load(Ordering::Acquire)
     }
 
     /// When the read has had its time.
@@ -98,5 +126,14 @@ mod tests {
         assert_eq!((pins.lowest(), later.revision()), (Some(9), 9));
         drop(later);
         assert_eq!(pins.lowest(), None);
+    }
+    #[test]
+    fn a_state_that_is_replaced_loses_what_it_has_compacted() {
+        let pins = Arc::new(Pins::default());
+        let (never_compacted, old, new) = (pins.pin(-1), pins.pin(7), pins.pin(9));
+        assert!(!never_compacted.is_lost());
+        pins.lose_below(9);
+        pins.lose_below(8);
+        assert!(never_compacted.is_lost() && old.is_lost() && !new.is_lost());
     }
 }

@@ -11,10 +11,12 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prost::Message as _;
 use tokio::sync::{oneshot, watch};
+// The same as std's, but for tests that move time.
+use tokio::time::Instant;
 
 use super::published::Published;
 use super::raft_thread::{Proposal, RaftInput};
@@ -102,6 +104,8 @@ impl Proposer {
         loop {
             let role = match self.wait_for_leader(deadline).await {
                 Err(Error::Timeout) if unlucky => return Err(Error::TimeoutLeaderFail),
+                // Etcd's raft takes no proposal without a leader, and tells its own deadline.
+                Err(Error::Timeout) => return Err(Error::DeadlineExceeded),
                 role => role?,
             };
             let header = self.waiters.next_header();
@@ -120,7 +124,7 @@ impl Proposer {
             } else if self.mailbox.send(RaftInput::Propose { proposal, term: role.term }).is_err() {
                 return Err(Error::Stopped);
             }
-            match tokio::time::timeout_at(deadline.into(), answer).await {
+            match tokio::time::timeout_at(deadline, answer).await {
                 Ok(Ok(Answer::Applied(outcome))) => return outcome,
                 Ok(Ok(Answer::Refused(Refused::Full))) => return Err(Error::TooManyRequests),
                 Ok(Ok(Answer::Refused(Refused::Busy))) => {
@@ -172,7 +176,7 @@ impl Proposer {
         let deadline = Instant::now() + self.request_timeout();
         let (reply, confirmed) = oneshot::channel();
         self.mailbox.send(RaftInput::ReadIndex(reply)).map_err(|_| Error::Stopped)?;
-        let index = match tokio::time::timeout_at(deadline.into(), confirmed).await {
+        let index = match tokio::time::timeout_at(deadline, confirmed).await {
             Ok(index) => index.map_err(|_| Error::Stopped)?,
             Err(_) => {
                 self.metrics.server_read_indexes_failed_total.inc();
@@ -180,6 +184,56 @@ impl Proposer {
             }
         };
         self.wait_for(&self.published.applied, |applied| *applied >= index, deadline).await
+    }
+
+    /// Makes sure that this member led a moment ago, if it does: what a leader tells that was
+    /// asleep, and does not know that there is another, is not to be relied on. A moment is
+    /// less than the election timeout, by which a new leader lets all leases live longer.
+    ///
+    /// # Errors
+    /// [`Error::NotLeader`]; [`Error::Timeout`], [`Error::Stopped`].
+    pub async fn confirm_leadership(&self) -> Result<(), Error> {
+        let role = *self.published.role.borrow();
+        if !role.is_leader {
+            return Err(Error::NotLeader);
+        }
+        let moment = self.election_timeout / 2;
+        let is_fresh =
+            self.published.confirmed().is_some_and(|at| Instant::now().into_std() - at < moment);
+        if !is_fresh {
+            self.read_barrier().await?;
+        }
+        // The barrier may have been passed with the help of another leader.
+        if *self.published.role.borrow() == role { Ok(()) } else { Err(Error::NotLeader) }
+    }
+
+    /// Hands leadership to another voter, and waits until it has it.
+    ///
+    /// # Errors
+    /// [`Error::LeaderTransferTimeout`], [`Error::Stopped`].
+    pub async fn transfer_leader(&self, to: u64) -> Result<(), Error> {
+        let deadline = Instant::now() + self.request_timeout();
+        self.mailbox.send(RaftInput::Transfer(to)).map_err(|_| Error::Stopped)?;
+        let moved = self.wait_for(&self.published.role, |role| role.leader == to, deadline).await;
+        match moved {
+            Err(Error::Timeout) => Err(Error::LeaderTransferTimeout),
+            moved => moved,
+        }
+    }
+
+    /// Before this member stops: hands leadership to whoever can take it, if it leads.
+    /// Waits no longer than an election timeout.
+    pub async fn resign(&self) {
+        let role = *self.published.role.borrow();
+        if !role.is_leader || self.published.is_lone_leader() {
+            return;
+        }
+        let deadline = Instant::now() + self.election_timeout;
+        if self.mailbox.send(RaftInput::Resign).is_ok() {
+            let other = |now: &Role| now.leader != 0 && now.leader != role.leader;
+            let moved = self.wait_for(&self.published.role, other, deadline).await;
+            tracing::info!(moved = moved.is_ok(), "handed leadership over before the stop");
+        }
     }
 
     /// A member that has just started, or lost its leader, holds proposals back until
@@ -204,9 +258,10 @@ impl Proposer {
         let mut value = published.subscribe();
         let mut stopped = self.published.stopped.subscribe();
         tokio::select! {
+            biased;
             met = value.wait_for(condition) => met.map(drop).map_err(|_| Error::Stopped),
             _ = stopped.wait_for(|stopped| *stopped) => Err(Error::Stopped),
-            () = tokio::time::sleep_until(deadline.into()) => Err(Error::Timeout),
+            () = tokio::time::sleep_until(deadline) => Err(Error::Timeout),
         }
     }
 }

@@ -13,8 +13,8 @@ use tokio::sync::watch;
 use crate::raft::{Progress, Role};
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
-/// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`, `applied_term`,
-/// `removed_below`, `size_bytes`) or by the checkpoint's (`checkpoint_bytes`).
+/// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`,
+/// `applied_term`, `removed_below`, `size_bytes`, `learner`) or by the checkpoint's (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.
@@ -24,6 +24,8 @@ pub struct Published {
     /// The newest compact revision below which everything is removed that compaction
     /// gave up; -1 before any.
     pub removed_below: watch::Sender<i64>,
+    /// Counts the changes of the members, of which one is applied and visible.
+    pub members: watch::Sender<u64>,
     /// Whether raft has ended: nothing is committed or confirmed any more.
     pub stopped: watch::Sender<bool>,
     applied_term: AtomicU64,
@@ -31,6 +33,7 @@ pub struct Published {
     lone_leader: AtomicBool,
     confirmed: Mutex<Option<Instant>>,
     progress: Mutex<Vec<Progress>>,
+    learner: AtomicBool,
     size_bytes: AtomicU64,
     checkpoint_bytes: AtomicU64,
 }
@@ -42,12 +45,14 @@ impl Published {
             role: watch::Sender::new(Role::default()),
             applied: watch::Sender::new(applied),
             removed_below: watch::Sender::new(-1),
+            members: watch::Sender::new(0),
             stopped: watch::Sender::new(false),
             applied_term: AtomicU64::new(applied_term),
             committed: AtomicU64::new(applied),
             lone_leader: AtomicBool::new(false),
             confirmed: Mutex::default(),
             progress: Mutex::default(),
+            learner: AtomicBool::new(false),
             size_bytes: AtomicU64::new(0),
             checkpoint_bytes: AtomicU64::new(0),
         }
@@ -81,6 +86,16 @@ impl Published {
     /// How far each member is, of the last tick; empty unless this member leads.
     pub fn progress(&self) -> Vec<Progress> {
         self.progress.lock().clone()
+    }
+
+    /// Whether this member only listens, as of the newest applied entry.
+    pub fn is_learner(&self) -> bool {
+        self.learner.load(Ordering::Relaxed)
+    }
+
+    /// Told by the apply thread, and by the server when it starts.
+    pub fn set_learner(&self, learner: bool) {
+        self.learner.store(learner, Ordering::Relaxed);
     }
 
     /// Bytes of all records that are held; what the quota is compared with.

@@ -36,13 +36,18 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::apply_thread::ApplyTask;
+use super::checkpoint_thread::{CheckpointTask, Install};
 use super::fault::Fault;
 use super::log_thread::LogTask;
 use super::published::Published;
 use super::waiters::Waiters;
 use crate::error::Error;
+use crate::log::Mark;
 use crate::metrics::Metrics;
-use crate::raft::{Change, Effects, Malformed, Node, Outgoing, RaftError, Refused, Role};
+use crate::net::snapshot::Arrived;
+use crate::raft::{
+    self, Change, Configuration, Effects, Malformed, Node, Outgoing, RaftError, Refused, Role,
+};
 
 /// A mailbox is emptied in turns of at most this many inputs, so that a flood of
 /// proposals cannot keep effects and ticks waiting.
@@ -52,7 +57,8 @@ const INPUTS_PER_TURN: usize = 4096;
 const CATCH_UP_TICKS_MAX: u32 = 2;
 /// A round of ReadIndex that got no answer is asked again after this. etcd waits 500 ms; a
 /// new leader drops what it is asked before it has committed, and reads need not wait for
-/// that half a second.
+/// that half a second. Where the members are far apart an answer takes longer, so each time in
+/// vain doubles it, up to an election timeout.
 const READ_INDEX_RETRY: Duration = Duration::from_millis(100);
 
 /// A command to be appended to the log.
@@ -87,6 +93,24 @@ pub enum RaftInput {
     },
     /// What another member says.
     Message(Bytes),
+    /// The image of a snapshot has arrived, with raft's message.
+    Snapshot(Arrived),
+    /// An image of the state is there for a member that needs one.
+    SnapshotMade {
+        /// Which member.
+        to: u64,
+        /// As of which entry.
+        mark: Mark,
+        /// Who belonged to the cluster then.
+        configuration: Configuration,
+    },
+    /// A snapshot was sent, or was not.
+    SnapshotSent {
+        /// To which member.
+        to: u64,
+        /// Whether it is in force there.
+        is_in_force: bool,
+    },
     /// A member cannot be reached. `is_broken`: it could before.
     Unreachable {
         /// Which.
@@ -121,8 +145,9 @@ pub trait Outbox: Send {
     /// Sends a message; `false` when it is dropped.
     fn send(&mut self, message: Outgoing) -> bool;
 
-    /// Prepares a snapshot for a member.
-    fn make_snapshot(&mut self, to: u64);
+    /// Prepares a snapshot for a member, as of an entry that is not before `first_index`:
+    /// [`RaftInput::SnapshotMade`] follows. Asked for again and again until then.
+    fn make_snapshot(&mut self, to: u64, first_index: u64);
 }
 
 /// Everything the raft thread works with.
@@ -137,6 +162,8 @@ pub struct RaftParts {
     pub log: Sender<LogTask>,
     /// Where committed entries go.
     pub apply: Sender<ApplyTask>,
+    /// Where images are put in force.
+    pub checkpoint: Sender<CheckpointTask>,
     /// What the thread tells everybody.
     pub published: Arc<Published>,
     /// Who is told when a proposal is refused.
@@ -184,20 +211,22 @@ pub struct RaftThread {
     unsynced: VecDeque<(u64, Instant)>,
     /// Whether leadership was offered because of a disk that hangs.
     resigns: bool,
+    /// The image whose message raft is looking at.
+    arrived: Option<Arrived>,
 }
 
 /// Why the raft thread ends by itself.
 #[derive(Debug, thiserror::Error)]
-enum RaftFailure {
+pub(crate) enum RaftFailure {
     #[error(transparent)]
     Raft(#[from] RaftError),
     #[error(transparent)]
     Peer(#[from] Malformed),
 }
 
-/// Whether to go on.
+/// Whether a thread goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Flow {
+pub(crate) enum Flow {
     GoOn,
     Stop,
 }
@@ -206,8 +235,15 @@ impl RaftThread {
     /// A thread that has yet to run; its clock begins at `now`.
     pub fn new(parts: RaftParts, now: Instant) -> RaftThread {
         let next_tick = now + parts.tick;
-        let reads = Reads::new(parts.member, parts.waiters.boot());
-        RaftThread { parts, reads, next_tick, unsynced: VecDeque::new(), resigns: false }
+        let reads = Reads::new(parts.member, parts.waiters.boot(), parts.election_timeout);
+        RaftThread {
+            parts,
+            reads,
+            next_tick,
+            unsynced: VecDeque::new(),
+            resigns: false,
+            arrived: None,
+        }
     }
 
     /// Runs until told to stop. The only voter stands for election at once.
@@ -241,8 +277,14 @@ impl RaftThread {
         }
     }
 
+    /// What a failed simulation tells of the node.
+    #[cfg(test)]
+    pub(crate) fn describe(&self) -> String {
+        self.parts.node.describe()
+    }
+
     /// The first turn.
-    fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
+    pub(crate) fn begin(&mut self, now: Instant) -> Result<(), RaftFailure> {
         if self.parts.node.is_only_voter() {
             self.parts.node.campaign()?;
         }
@@ -250,7 +292,11 @@ impl RaftThread {
     }
 
     /// Takes what waits, lets the time pass up to `now`, and carries out what follows.
-    fn take_turn(&mut self, first: Option<RaftInput>, now: Instant) -> Result<Flow, RaftFailure> {
+    pub(crate) fn take_turn(
+        &mut self,
+        first: Option<RaftInput>,
+        now: Instant,
+    ) -> Result<Flow, RaftFailure> {
         let mut next = first;
         for _ in 0..INPUTS_PER_TURN {
             let Some(input) = next.take().or_else(|| self.parts.mailbox.try_recv().ok()) else {
@@ -262,7 +308,9 @@ impl RaftThread {
             self.take(input, now)?;
         }
         self.pass_time(now);
-        self.reads.ask(&mut self.parts.node, now);
+        if self.reads.ask(&mut self.parts.node, now) {
+            self.parts.metrics.server_slow_read_indexes_total.inc();
+        }
         self.carry_out(now)?;
         Ok(Flow::GoOn)
     }
@@ -275,6 +323,16 @@ impl RaftThread {
             .unsynced
             .front()
             .map_or(Duration::ZERO, |(_, since)| now.saturating_duration_since(*since));
+        // Heartbeats leave with ticks. As in etcd, one that is a whole interval late counts.
+        let leads =
+            self.parts.published.role.borrow().is_leader && !self.parts.node.is_only_voter();
+        if leads && now.saturating_duration_since(self.next_tick) > self.parts.tick {
+            self.parts.metrics.server_heartbeat_send_failures_total.inc();
+            tracing::warn!(
+                late = ?now.saturating_duration_since(self.next_tick),
+                "leader failed to send out heartbeat on time; took too long, leader is overloaded"
+            );
+        }
         let mut ticks = 0;
         while self.next_tick <= now && ticks < CATCH_UP_TICKS_MAX {
             if self.is_fit_to_lead(hangs_for) {
@@ -328,6 +386,11 @@ impl RaftThread {
                 let _ = refusals.send(refused);
             }
             RaftInput::Message(bytes) => self.step(&bytes)?,
+            RaftInput::Snapshot(arrived) => self.receive_snapshot(arrived, now)?,
+            RaftInput::SnapshotMade { to, mark, configuration } => {
+                node.offer_snapshot(to, mark, &configuration);
+            }
+            RaftInput::SnapshotSent { to, is_in_force } => node.report_snapshot(to, is_in_force),
             RaftInput::Unreachable { id, is_broken: true } => node.lost_sight_of(id),
             RaftInput::Unreachable { id, is_broken: false } => node.report_unreachable(id),
             RaftInput::ReadIndex(reply) => self.reads.queue.push(reply),
@@ -375,12 +438,41 @@ impl RaftThread {
         }
     }
 
+    /// Raft decides at once whether it goes on from the image, which then waits for nothing
+    /// else: the message of a later one would replace it. While another is being put in force
+    /// the decision would come too late for that, so its sender is to try again (etcd #18055
+    /// was two in a short time).
+    fn receive_snapshot(&mut self, arrived: Arrived, now: Instant) -> Result<(), RaftFailure> {
+        if self.parts.node.is_installing() {
+            return Ok(());
+        }
+        let message = arrived.begin.message.clone();
+        self.arrived = Some(arrived);
+        self.step(&message)?;
+        self.carry_out(now)?;
+        if let Some(unused) = self.arrived.take() {
+            // This member is ahead of it. The sender may have gone.
+            let _ = unused.done.send(());
+        }
+        Ok(())
+    }
+
+    fn install(&mut self, install: raft::Install) {
+        let raft::Install { mark, number, hard_state } = install;
+        // Raft restores what it was just shown, and nothing else.
+        if let Some(Arrived { spool, done, .. }) = self.arrived.take() {
+            let install = Install { spool, mark, hard_state, number, done };
+            let _ = self.parts.checkpoint.send(CheckpointTask::Install(Box::new(install)));
+        }
+    }
+
     /// Carries out effects until there are none. The other threads end only after
     /// this one, so a message to them is lost only when they failed, and then the
     /// fault is raised already.
     fn carry_out(&mut self, now: Instant) -> Result<(), RaftFailure> {
         while let Some(effects) = self.parts.node.effects()? {
-            let Effects { role, messages, append, committed, reads, .. } = effects;
+            let Effects { role, messages, snapshots_wanted, install, append, committed, reads } =
+                effects;
             if let Some(role) = role {
                 self.publish_role(role);
                 self.reads.term_index = None;
@@ -392,8 +484,11 @@ impl RaftThread {
                     self.parts.node.report_unreachable(to);
                 }
             }
-            for to in effects.snapshots_wanted {
-                self.parts.outbox.make_snapshot(to);
+            for to in snapshots_wanted {
+                self.parts.outbox.make_snapshot(to, self.parts.node.log_start());
+            }
+            if let Some(install) = install {
+                self.install(install);
             }
             if let Some(append) = append {
                 self.unsynced.push_back((append.number, now));
@@ -413,7 +508,7 @@ impl RaftThread {
                 }
             }
             for read in reads {
-                if let Some(asked_at) = self.reads.confirm(read.context, read.index) {
+                if let Some(asked_at) = self.reads.confirm(read.context, read.index, now) {
                     self.parts.published.set_confirmed(asked_at);
                 }
             }
@@ -460,6 +555,12 @@ impl RaftThread {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: a round that starts over has the context of the one before.
+    pub(crate) static REUSES_CONTEXTS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
 /// A round of ReadIndex that is under way.
 struct Round {
     context: [u8; 24],
@@ -476,26 +577,42 @@ struct Reads {
     round: Option<Round>,
     member: u64,
     boot: u64,
+    /// A round that takes longer is asked again.
+    patience: Duration,
+    patience_max: Duration,
     /// Rounds so far. With member and boot it makes a context that is never used again.
     rounds: u64,
 }
 
 impl Reads {
-    fn new(member: u64, boot: u64) -> Reads {
-        Reads { term_index: None, queue: Vec::new(), round: None, member, boot, rounds: 0 }
+    fn new(member: u64, boot: u64, patience_max: Duration) -> Reads {
+        Reads {
+            term_index: None,
+            queue: Vec::new(),
+            round: None,
+            patience: READ_INDEX_RETRY,
+            patience_max: patience_max.max(READ_INDEX_RETRY),
+            member,
+            boot,
+            rounds: 0,
+        }
     }
 
-    /// Starts a round for all who wait, when none is under way.
-    fn ask(&mut self, node: &mut Node, now: Instant) {
-        if self.round.as_ref().is_some_and(|round| now - round.since >= READ_INDEX_RETRY) {
+    /// Starts a round for all who wait, when none is under way. Whether one took too long and
+    /// was given up for that.
+    fn ask(&mut self, node: &mut Node, now: Instant) -> bool {
+        let is_late = |round: &Round| now - round.since >= self.patience;
+        let gave_up = self.round.as_ref().is_some_and(is_late);
+        if gave_up {
+            self.patience = (2 * self.patience).min(self.patience_max);
             self.start_over();
         }
         if self.round.is_some() {
-            return;
+            return gave_up;
         }
         self.queue.retain(|reply| !reply.is_closed());
         if self.queue.is_empty() {
-            return;
+            return gave_up;
         }
         self.rounds += 1;
         let context = context(self.member, self.boot, self.rounds);
@@ -503,18 +620,25 @@ impl Reads {
             let waiting = std::mem::take(&mut self.queue);
             self.round = Some(Round { context, waiting, since: now });
         }
+        gave_up
     }
 
     /// The round's answer, should it come, is not to be used.
     fn start_over(&mut self) {
         if let Some(round) = self.round.take() {
             self.queue.extend(round.waiting);
+            #[cfg(test)]
+            if REUSES_CONTEXTS.get() {
+                self.rounds -= 1;
+            }
         }
     }
 
     /// A round has its answer; returns when it was asked for.
-    fn confirm(&mut self, context: [u8; 24], index: u64) -> Option<Instant> {
+    fn confirm(&mut self, context: [u8; 24], index: u64, now: Instant) -> Option<Instant> {
         let round = self.round.take_if(|round| round.context == context)?;
+        let took = now.saturating_duration_since(round.since);
+        self.patience = (2 * took).clamp(READ_INDEX_RETRY, self.patience_max);
         for reply in round.waiting {
             let _ = reply.send(index);
         }

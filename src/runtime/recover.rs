@@ -9,11 +9,17 @@
 //! each step durable before the next:
 //!
 //! ```text
-//! directories ──▶ an empty log ──▶ the first checkpoint ──▶ CURRENT, which says it counts
+//! directories ──▶ an empty log ──▶ its start ──▶ the first checkpoint ──▶ CURRENT, which
+//!                                                                         says it counts
 //! ```
 //!
-//! The first checkpoint says who the member is and who its cluster's members are. A start
-//! that is cut short leaves an empty log at most, and the next one goes on from there.
+//! The first checkpoint says who the member is and who its cluster's members are. Members
+//! of a new cluster know both from their flags, and their logs start at [`BOOTSTRAP`](crate::log::BOOTSTRAP). One
+//! that joins a running cluster knows it from a peer, its log stays empty, and it is part
+//! of no configuration until a snapshot has brought the state.
+//!
+//! A start that is cut short leaves a log without entries at most, and the next one goes on
+//! from there. Once `CURRENT` is there, the flags that say how a member is made are ignored.
 //! Anything else that does not fit together is a lost file, and refused before anything
 //! is changed:
 //!
@@ -24,17 +30,24 @@
 //! | no `CURRENT`, no log, a checkpoint           | both of the above                    |
 //! | a log of another member or cluster           | one of them was put there by mistake |
 //! | a log that ends before the applied index     | its end was acknowledged             |
+//! | nothing, of a member that others saw running | it may have acknowledged what is gone |
+//!
+//! The last one is in order when the checkpoint says that it was installed: it came from another
+//! member, a crash kept the log from beginning anew after it, and that is made up for here.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use super::force::{self, ForceError};
+use super::join::{self, JoinError};
 use super::records::{self, RecoverError};
 use crate::log::{
-    Identity, Log, LogError, LogStore, MemoryDisk, MemoryLog, Options, Recovered,
+    HardState, Identity, Log, LogError, LogStore, Mark, MemoryDisk, MemoryLog, Options, Recovered,
     SEGMENT_BYTES_DEFAULT,
 };
+use crate::pb::kvorumpb::{MemberRecord, MembersResponse};
 use crate::raft::{Configuration, Start};
 use crate::state::StateMachine;
 use crate::state::members::{Members, member_id};
@@ -42,8 +55,8 @@ use crate::storage::{
     DiskGenerations, Generations, MemoryGenerations, MemoryStorage, Storage, StorageError,
 };
 
-/// What decides who a new member is.
-#[derive(Debug, Clone)]
+/// What decides who a new member is, and what becomes of one that was here before.
+#[derive(Debug, Clone, Default)]
 pub struct Bootstrap {
     /// `--initial-cluster`: every member's name and peer URLs.
     pub initial_cluster: Vec<(String, Vec<String>)>,
@@ -53,6 +66,26 @@ pub struct Bootstrap {
     pub name: String,
     /// What all members of a new cluster serve, `X.Y.Z`.
     pub cluster_version: String,
+    /// `--initial-cluster-state=existing`: a new member joins a running cluster.
+    pub joins: bool,
+    /// What a peer has answered to a new member; `None` when none did, which is usual while
+    /// a cluster is made, and prevents one from joining.
+    pub running: Option<MembersResponse>,
+    /// `--max-learners`.
+    pub max_learners: u64,
+    /// `--force-new-cluster`: a member that was here before goes on without the others.
+    pub force_new_cluster: bool,
+}
+
+impl Bootstrap {
+    /// The peer URLs of all members but this one, in etcd's order: whom to ask for
+    /// [`Bootstrap::running`].
+    pub fn other_peer_urls(&self) -> Vec<String> {
+        let others = self.initial_cluster.iter().filter(|(name, _)| *name != self.name);
+        let mut urls: Vec<String> = others.flat_map(|(_, urls)| urls.iter().cloned()).collect();
+        urls.sort_unstable();
+        urls
+    }
 }
 
 /// Where a member keeps its data.
@@ -112,6 +145,38 @@ pub enum OpenError {
     /// The member is not part of the cluster it is to found.
     #[error("--initial-cluster does not contain --name={0}; add {0}=<peer url> to it")]
     NotInCluster(String),
+    /// No peer has said who belongs to the cluster that is to be joined.
+    #[error(
+        "cannot fetch cluster info from peer urls: could not retrieve cluster information from \
+         the given URLs; start the other members, or correct --initial-cluster"
+    )]
+    NoPeerAnswered,
+    /// The flags do not fit the cluster that is to be joined.
+    #[error(transparent)]
+    Join(#[from] JoinError),
+    /// The other members have seen it running, and its data is gone.
+    #[error(
+        "member {id:x} has already been bootstrapped, and its data directory {} holds nothing \
+         of it: correct --data-dir. If the data is lost, have a member that runs remove it \
+         (`etcdctl member remove {id:x}`) and add it again (`etcdctl member add`), and start it \
+         with --initial-cluster-state=existing", data.display()
+    )]
+    AlreadyBootstrapped {
+        /// Its id.
+        id: u64,
+        /// The data directory.
+        data: PathBuf,
+    },
+    /// A member cannot go on without the others.
+    #[error(transparent)]
+    Force(#[from] ForceError),
+    /// The directory is of a version that was never released.
+    #[error(
+        "the data directory {} is of a version of kvorum from before clusters, which was never \
+         released: copy the keys with that version, for example with `etcdctl make-mirror`, and \
+         begin with an empty --data-dir", .0.display()
+    )]
+    BeforeClusters(PathBuf),
     /// There is a checkpoint, and no log.
     #[error(
         "the raft log in {} is missing, though its member has applied entries up to {applied}: \
@@ -162,8 +227,8 @@ pub enum OpenError {
     /// have changed since.
     #[error(
         "the data directory {} was begun for another member or cluster: set --name, \
-         --initial-cluster and --initial-cluster-token as they were, or remove it (there is \
-         nothing in it yet)", .0.display()
+         --initial-cluster, --initial-cluster-state and --initial-cluster-token as they were, or \
+         remove it (there is nothing in it yet)", .0.display()
     )]
     BegunForAnother(PathBuf),
     /// The store failed.
@@ -177,7 +242,32 @@ pub enum OpenError {
     Log(#[from] LogError),
 }
 
-/// Reads a member back, or makes a new one. Blocks on the disk.
+/// Whether [`open`] will make a new member: then it is worth asking the others about it
+/// ([`Bootstrap::running`]). Changes nothing.
+///
+/// # Errors
+/// What the disk says.
+pub fn is_new(place: &Place) -> Result<bool, OpenError> {
+    match place {
+        Place::Memory => Ok(true),
+        Place::Disk { data_dir, .. } => {
+            check_directory(data_dir)?;
+            Ok(DiskGenerations::is_new(&data_dir.join("member"))?)
+        }
+    }
+}
+
+/// Whether the data directory is one, or not there yet.
+fn check_directory(data_dir: &Path) -> Result<(), OpenError> {
+    if data_dir.exists() && !data_dir.is_dir() {
+        let error = io::Error::from(io::ErrorKind::NotADirectory);
+        return Err(OpenError::Directory { path: data_dir.to_owned(), flag: "data-dir", error });
+    }
+    Ok(())
+}
+
+/// Reads a member back, or makes a new one. Blocks on the disk, and, when URLs with names
+/// have to be compared, on their resolution.
 ///
 /// # Errors
 /// [`OpenError`]; nothing was changed then, except that a new member may be half made,
@@ -193,21 +283,14 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 member_dir,
                 fsync: *fsync,
             };
-            if data_dir.exists() && !data_dir.is_dir() {
-                let error = io::Error::from(io::ErrorKind::NotADirectory);
-                return Err(OpenError::Directory {
-                    path: data_dir.clone(),
-                    flag: "data-dir",
-                    error,
-                });
-            }
+            check_directory(data_dir)?;
             if disk.member_dir.join("snap").join("db").exists() {
                 return Err(OpenError::ForeignData(data_dir.clone()));
             }
             if DiskGenerations::is_new(&disk.member_dir)? {
                 disk.begin(wal_dir.is_some(), bootstrap)
             } else {
-                disk.recover()
+                disk.recover(bootstrap)
             }
         }
     }
@@ -228,19 +311,21 @@ impl OnDisk<'_> {
         if !has_log && let Some(checkpoint) = DiskGenerations::any(&self.member_dir)? {
             return Err(self.checkpoint_missing(checkpoint));
         }
-        let mut state = first_state(bootstrap)?;
+        let mut state = first_state(bootstrap, self.data_dir)?;
         make_directory(&self.member_dir, "data-dir", self.fsync)?;
         if separate_log {
             make_directory(&self.log_dir, "wal-dir", self.fsync)?;
         }
         let identity = identity(&state);
-        let (log, recovered) = Log::open(self.log_options(identity, 0))?;
+        let (mut log, mut recovered) = Log::open(self.log_options(identity, 0))?;
         if recovered.was_written_to() {
             return Err(self.checkpoint_missing(self.log_dir.clone()));
         }
-        if recovered.identity != identity {
+        let starts_later = recovered.start.index > state.applied().index;
+        if recovered.identity != identity || starts_later {
             return Err(OpenError::BegunForAnother(self.data_dir.to_owned()));
         }
+        begin_log(&mut log, &mut recovered, state.applied())?;
         let (mut generations, mut storage) = DiskGenerations::begin_first(&self.member_dir)?;
         records::fill(&mut storage, &state.cut())?;
         generations.switch()?;
@@ -256,9 +341,16 @@ impl OnDisk<'_> {
     }
 
     /// A member that was here before.
-    fn recover(&self) -> Result<Recovery, OpenError> {
+    fn recover(&self, bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
+        tracing::info!(
+            data_dir = %self.data_dir.display(),
+            dir_type = "member",
+            "server has already been initialized; the flags --initial-* are ignored"
+        );
         let (mut generations, mut storage) = DiskGenerations::open(&self.member_dir)?;
-        let state = StateMachine::restore(records::recover(&mut storage)?);
+        let restored = records::recover(&mut storage)?;
+        let installed = restored.head.installed;
+        let state = StateMachine::restore(restored);
         // sled keeps most of what it has read; opened anew, it has read nothing.
         drop(storage);
         let storage = generations.reopen()?;
@@ -271,7 +363,9 @@ impl OnDisk<'_> {
             });
         }
         let identity = identity(&state);
-        let (log, recovered) = Log::open(self.log_options(identity, applied))?;
+        // A snapshot's entries have never been in this log.
+        let reaches = if installed { 0 } else { applied };
+        let (mut log, mut recovered) = Log::open(self.log_options(identity, reaches))?;
         if recovered.identity != identity {
             return Err(OpenError::OtherMember {
                 log: self.log_dir.clone(),
@@ -282,6 +376,15 @@ impl OnDisk<'_> {
         }
         if let Some(repaired) = &recovered.repaired {
             tracing::warn!("repaired the raft log: {repaired}");
+        }
+        if installed {
+            complete_install(&mut log, &mut recovered, state.applied())?;
+        }
+        if applied == 0 && !recovered.entries.is_empty() {
+            return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));
+        }
+        if bootstrap.force_new_cluster {
+            force::leave_alone(&state, &mut log, &mut recovered)?;
         }
         Ok(Recovery {
             start: start(&state, recovered),
@@ -310,12 +413,41 @@ impl OnDisk<'_> {
     }
 }
 
+/// The checkpoint came from another member, up to `applied`. A crash may have come between the
+/// switch to it and the log's new beginning, which is made up for: what the log holds instead
+/// is of another history, or ends before.
+pub(crate) fn complete_install(
+    log: &mut dyn LogStore,
+    recovered: &mut Recovered,
+    applied: Mark,
+) -> Result<(), LogError> {
+    let entry = recovered.entries.iter().find(|entry| entry.index == applied.index);
+    let has_entry = entry.is_some_and(|entry| entry.term == applied.term);
+    if recovered.start == applied || has_entry {
+        return Ok(());
+    }
+    let HardState { term, vote, .. } = recovered.hard_state;
+    let hard_state = HardState {
+        term: term.max(applied.term),
+        // A vote is of its term.
+        vote: if term >= applied.term { vote } else { 0 },
+        commit: applied.index,
+    };
+    log.install(applied, hard_state)?;
+    tracing::info!(index = applied.index, term = applied.term, "completed a snapshot");
+    recovered.start = applied;
+    recovered.hard_state = hard_state;
+    recovered.entries.clear();
+    Ok(())
+}
+
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::new();
-    let mut state = first_state(bootstrap)?;
+    let mut state = first_state(bootstrap, Path::new("(memory)"))?;
     records::fill(&mut storage, &state.cut())?;
     let identity = identity(&state);
-    let (log, recovered) = MemoryLog::open(&MemoryDisk::new(identity));
+    let (mut log, mut recovered) = MemoryLog::open(&MemoryDisk::new(identity));
+    begin_log(&mut log, &mut recovered, state.applied())?;
     Ok(Recovery {
         start: start(&state, recovered),
         state,
@@ -327,22 +459,74 @@ fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     })
 }
 
-/// The state of a new member.
-fn first_state(bootstrap: &Bootstrap) -> Result<StateMachine, OpenError> {
+/// The state of a new member: of a cluster that begins, or of one that it joins.
+pub(crate) fn first_state(
+    bootstrap: &Bootstrap,
+    data_dir: &Path,
+) -> Result<StateMachine, OpenError> {
+    let version = bootstrap.cluster_version.clone();
     let initial = &bootstrap.initial_cluster;
+    if bootstrap.joins {
+        let cluster = bootstrap.running.as_ref().ok_or(OpenError::NoPeerAnswered)?;
+        let Bootstrap { name, max_learners, .. } = bootstrap;
+        let this = join::find(cluster, initial, name, *max_learners, &join::resolve)?;
+        refuse_started(this, data_dir)?;
+        let MembersResponse { cluster_id, members } = cluster.clone();
+        return Ok(StateMachine::joining(this.id, cluster_id, members, version));
+    }
     let this = initial.iter().find(|(name, _)| *name == bootstrap.name);
     let (_, peer_urls) = this.ok_or_else(|| OpenError::NotInCluster(bootstrap.name.clone()))?;
     let id = member_id(peer_urls, &bootstrap.cluster_token);
     let members = Members::bootstrap(initial, &bootstrap.cluster_token);
-    Ok(StateMachine::bootstrap(id, members, bootstrap.cluster_version.clone()))
+    if let Some(cluster) = &bootstrap.running {
+        if let Some(this) = cluster.members.iter().find(|member| member.id == id) {
+            refuse_started(this, data_dir)?;
+        }
+        if cluster.cluster_id != members.cluster_id() {
+            tracing::warn!(
+                local_cluster_id = format!("{:x}", members.cluster_id()),
+                peer_cluster_id = format!("{:x}", cluster.cluster_id),
+                "a peer belongs to another cluster: compare --initial-cluster and \
+                 --initial-cluster-token with the other members', or, to join a cluster that \
+                 runs, remove this data directory and set --initial-cluster-state=existing"
+            );
+        }
+    }
+    Ok(StateMachine::bootstrap(id, members, version))
 }
 
-fn identity(state: &StateMachine) -> Identity {
+/// A member tells the others its client URLs once it runs. One that has, and comes back
+/// with nothing, has forgotten whom it voted for and what it acknowledged: were it let in,
+/// what a majority had acknowledged could be lost. (etcd lets it in as `existing`.)
+fn refuse_started(member: &MemberRecord, data_dir: &Path) -> Result<(), OpenError> {
+    if member.client_urls.is_empty() {
+        return Ok(());
+    }
+    Err(OpenError::AlreadyBootstrapped { id: member.id, data: data_dir.to_owned() })
+}
+
+/// Lets an empty log start where the state of a new member is, durably.
+fn begin_log(
+    log: &mut dyn LogStore,
+    recovered: &mut Recovered,
+    start: Mark,
+) -> Result<(), LogError> {
+    if recovered.start != start {
+        recovered.start = start;
+        recovered.hard_state = HardState::of_start(start);
+        log.install(start, recovered.hard_state)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn identity(state: &StateMachine) -> Identity {
     Identity { cluster_id: state.members().cluster_id(), member_id: state.member_id() }
 }
 
-fn start(state: &StateMachine, recovered: Recovered) -> Start {
-    let (voters, learners) = state.members().voters_and_learners();
+pub(crate) fn start(state: &StateMachine, recovered: Recovered) -> Start {
+    // Nobody, of one that is yet to be sent the state: with others, it might vote or campaign
+    // as if it knew who they are.
+    let (voters, learners) = state.configuration_members();
     Start {
         id: recovered.identity.member_id,
         election_ticks: 0,
@@ -378,3 +562,6 @@ fn make_directory(path: &Path, flag: &'static str, fsync: bool) -> Result<(), Op
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

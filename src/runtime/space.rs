@@ -79,6 +79,13 @@ pub fn free_bytes(directory: &Path) -> Option<u64> {
     Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// Whether a directory's disk has room for the checkpoint that an image of so many bytes
+/// becomes, which is there as well, and the log can go on. A disk that does not answer has.
+pub fn has_room_for_image(directory: &Path, image_bytes: u64) -> bool {
+    let needed = image_bytes.saturating_mul(STORE_BYTES_PER_BYTE).saturating_add(RESERVE_BYTES);
+    free_bytes(directory).is_none_or(|free| free >= needed)
+}
+
 /// What [`Space::watch`] looks at.
 pub struct Space {
     /// Directories; each may be on a disk of its own.

@@ -14,7 +14,7 @@
 //! place that a proposal enters once and leaves once: [`PENDING_MAX`] commands,
 //! [`PENDING_BYTES_MAX`] bytes. Beyond that, etcd's "too many requests".
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
@@ -55,7 +55,7 @@ pub struct Waiters {
 
 #[derive(Default)]
 struct Waiting {
-    waiters: HashMap<u64, Waiter>,
+    waiters: BTreeMap<u64, Waiter>,
     bytes: usize,
     /// The newest term of which an entry is applied.
     applied_term: u64,

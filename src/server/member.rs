@@ -8,55 +8,75 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::StartError;
+use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
-use crate::config::{AutoCompaction, Config, Gate, MetricsLevel};
+use super::{StartError, discover};
+use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, Versions};
-use crate::log::Mark;
+use crate::error::Error;
+use crate::log::{Identity, Mark};
 use crate::metrics::Metrics;
+use crate::net::snapshot::Incoming;
+use crate::net::{Connector, PeerEvent, Peers};
 use crate::pb::etcdserverpb::ResponseHeader;
-use crate::raft::{Node, Outgoing, Start};
+use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{AutoCompactor, Retention};
 use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer, Removed};
 use crate::runtime::fault::{Fatal, Fault};
+use crate::runtime::forwarder::forwarder;
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
+use crate::runtime::image::Outgoing as Images;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
+use crate::runtime::outbox::PeerOutbox;
 use crate::runtime::pins::Pins;
-use crate::runtime::proposer::{Forwarder, Proposer};
+use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
-use crate::runtime::raft_thread::{Outbox, Proposal, RaftParts, RaftThread};
+use crate::runtime::raft_thread::{RaftInput, RaftParts, RaftThread};
 use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
-use crate::runtime::space::{Shortage, Space};
+use crate::runtime::rolling_hashes::{At, RollingHashes};
+use crate::runtime::roster::Roster;
+use crate::runtime::space::{self, Shortage, Space};
+use crate::runtime::timing::SyncTimes;
 use crate::runtime::waiters::Waiters;
 use crate::runtime::watch_hub::{WatchConfig, WatchHub};
 use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
 
+/// A member that could not tell the cluster who it is tries again after this.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
+
 /// A member without its sockets.
 pub(super) struct Member {
     pub(super) engine: Engine,
+    /// What peers call.
+    pub(super) face: Arc<PeerFace>,
     published: Arc<Published>,
+    /// What was known to be committed before the start.
+    recovered_commit: u64,
     pub(super) fault: Fault,
     pub(super) stop: Stop,
 }
 
 impl Member {
-    pub(super) async fn start(config: &Config) -> Result<Member, StartError> {
+    /// Recovers or makes the member, and starts its threads and tasks. It talks to its peers
+    /// from then on; they reach it once `face` is served.
+    pub(super) async fn start(config: &Config, connector: Connector) -> Result<Member, StartError> {
         let metrics = match config.metrics {
             MetricsLevel::Extensive => Metrics::extensive()?,
             MetricsLevel::Basic => Metrics::new()?,
         };
         let limits = limits(config);
         let place = place(config);
-        let recovery = recover(config, place.clone(), &limits).await?;
+        let recovery = recover(config, place.clone(), &limits, &connector).await?;
         let Recovery { state, start, log, storage, generations, identity, .. } = recovery;
         let applied = state.applied();
         // When the last snapshot was made is not known, but the log was cut behind it: were
@@ -65,6 +85,7 @@ impl Member {
         let snapshot_index = applied.index.min(start.start.index.saturating_add(catch_up));
         let snapshots = places_to_truncate(&start, applied, catch_up);
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
+        let recovered_commit = start.hard_state.commit;
         let first_index = i64::try_from(start.start.index + 1).unwrap_or(i64::MAX);
         metrics.kvorum_raft_log_first_index.set(first_index);
         tell_settings(&metrics, config, &limits);
@@ -74,9 +95,12 @@ impl Member {
         let fault = Fault::default();
         let shortage = Arc::new(Shortage::default());
         let durable_revision = state.store().revision();
+        let recovered_hash = At { index: applied.index, hash: state.rolling_hash() };
+        let rolling_hashes = Arc::new(RollingHashes::new(recovered_hash));
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_in_use_bytes());
+        published.set_learner(state.read().is_learner());
         published.set_checkpoint_bytes(storage.size_on_disk().map_err(OpenError::from)?);
         let waiters = Arc::new(Waiters::new(identity.member_id, getrandom::u64()?));
         let leases = Arc::new(LeaseClock::new(Arc::clone(&published)));
@@ -85,6 +109,14 @@ impl Member {
         let (log_sender, log_tasks) = mpsc::channel();
         let (apply_sender, apply_tasks) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
+        let peers = peers(identity, connector, &raft_sender, &fault, &metrics);
+        let roster = Roster {
+            state: Arc::clone(&state),
+            published: Arc::clone(&published),
+            peers: peers.clone(),
+            fault: fault.clone(),
+        };
+        roster.connect();
         let signal = watch::Sender::new(false);
         let busy = Arc::new(AtomicBool::new(false));
 
@@ -108,11 +140,12 @@ impl Member {
         let hashes = Arc::new(CompactionHashes::default());
         let (hash_queue, hash_work) = hashes::hasher(Arc::clone(&state), Arc::clone(&hashes));
 
+        let (forwarder, forwarding) = forwarder(peers.clone(), Arc::clone(&waiters));
         let proposer = Arc::new(Proposer::new(
             raft_sender.clone(),
             Arc::clone(&waiters),
             Arc::clone(&published),
-            Arc::new(Alone),
+            Arc::new(forwarder),
             Arc::clone(&metrics),
             limits.max_request_bytes,
             limits.election_timeout,
@@ -125,8 +158,10 @@ impl Member {
             published: Arc::clone(&published),
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
+            peers: peers.clone(),
             hub: hub_handle.clone(),
             hashes,
+            rolling_hashes: Arc::clone(&rolling_hashes),
             checkpoint: checkpoint_sender.clone(),
             metrics: Arc::clone(&metrics),
             gauges: Gauges {
@@ -167,6 +202,7 @@ impl Member {
             pins: Arc::clone(&pins),
             tasks: checkpoint_tasks,
             log: log_sender.clone(),
+            apply: apply_sender.clone(),
             durable_index: applied.index,
             durable_revision,
             published: Arc::clone(&published),
@@ -189,6 +225,11 @@ impl Member {
             tasks: log_tasks,
             raft: raft_sender.clone(),
             fault: fault.clone(),
+            sync_times: SyncTimes::new(limits.heartbeat, limits.election_timeout),
+            has_peers: {
+                let peers = peers.clone();
+                Box::new(move || !peers.is_empty())
+            },
             metrics: Arc::clone(&metrics),
         };
         threads.front.push(spawn("log", &fault, move || log_thread.run())?);
@@ -200,10 +241,11 @@ impl Member {
             waiters: Arc::clone(&waiters),
             feed,
             leases: Arc::clone(&leases),
-            pins,
+            pins: Arc::clone(&pins),
             recovered_index,
             hashes: hash_queue,
             checkpointer,
+            rolling_hashes,
             pace: CompactionPace {
                 keys_per_step: usize::try_from(config.compaction_batch()).unwrap_or(usize::MAX),
                 pause: config.compaction_sleep(),
@@ -216,9 +258,16 @@ impl Member {
         let raft_parts = RaftParts {
             node,
             mailbox: raft_mailbox,
-            outbox: Box::new(Alone),
+            outbox: Box::new(PeerOutbox::new(
+                peers,
+                Arc::new(Images::new(Arc::clone(&state), pins)),
+                raft_sender.clone(),
+                Handle::current(),
+                config.snapshot_send_bytes_per_sec,
+            )),
             log: log_sender,
             apply: apply_sender,
+            checkpoint: threads.checkpoint.clone(),
             published: Arc::clone(&published),
             waiters: Arc::clone(&waiters),
             metrics: Arc::clone(&metrics),
@@ -230,6 +279,8 @@ impl Member {
         let raft_thread = RaftThread::new(raft_parts, Instant::now());
         threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
+        let incoming = incoming(&place, &raft_sender)?;
+        let face = Arc::new(PeerFace::new(engine.clone(), raft_sender.clone(), incoming));
         let compactor = AutoCompactor {
             state: Arc::clone(&state),
             proposer: Arc::clone(&proposer),
@@ -245,6 +296,16 @@ impl Member {
         };
         let mut tasks =
             vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
+        tasks.extend([tokio::spawn(forwarding.run()), tokio::spawn(roster.follow())]);
+        tasks.push(tokio::spawn(engine.clone().compare_states()));
+        if !config.corrupt_check_time.is_zero() {
+            let check = engine.clone().check_periodically(config.corrupt_check_time);
+            tasks.push(tokio::spawn(check));
+        }
+        if config.feature_gates.enabled(Gate::CompactHashCheck) {
+            let check = engine.clone().check_compactions(config.compact_hash_check_time);
+            tasks.push(tokio::spawn(check));
+        }
         if let Some(retention) = retention(config) {
             tasks.push(tokio::spawn(compactor.run(retention)));
         }
@@ -256,10 +317,23 @@ impl Member {
         let end =
             end_on_fault(fault.clone(), waiters, hub_handle, raft_sender, stop.signal.clone());
         tokio::spawn(end);
-        Ok(Member { engine, published, fault, stop })
+        Ok(Member { engine, face, published, recovered_commit, fault, stop })
     }
 
-    /// Waits until the member has a leader and has told the cluster who it is.
+    /// The initial corruption check: compares what this member has on disk with its peers' data.
+    pub(super) async fn check(&self) -> Result<(), StartError> {
+        let mut applied = self.published.applied.subscribe();
+        // From the checkpoint on; nobody else is needed for that.
+        let recovered = applied.wait_for(|applied| *applied >= self.recovered_commit);
+        tokio::select! {
+            _ = recovered => {}
+            fatal = self.fault.wait() => return Err(fatal.into()),
+        }
+        Ok(self.engine.check_initially().await?)
+    }
+
+    /// Waits until the member has a leader and has told the cluster who it is, however long
+    /// that takes: who begins with a snapshot does not hear what became of its command.
     pub(super) async fn ready(
         &self,
         config: &Config,
@@ -271,28 +345,86 @@ impl Member {
             _ = leader => {}
             fatal = self.fault.wait() => return Err(fatal.into()),
         }
-        self.engine.publish(config.name.clone(), client_urls).await.map_err(StartError::Publish)
+        loop {
+            let published = self.engine.publish(config.name.clone(), client_urls.clone()).await;
+            match published {
+                Ok(()) => return Ok(()),
+                Err(error) if self.fault.get().is_none() && error != Error::Stopped => {
+                    // etcd tries for as long as it takes: the others may be starting, too.
+                    tracing::warn!(%error, "failed to publish the member; trying again");
+                    tokio::time::sleep(PUBLISH_PAUSE).await;
+                }
+                Err(error) => {
+                    return Err(self.fault.get().map_or(StartError::Publish(error), Into::into));
+                }
+            }
+        }
     }
 }
 
-/// A member without others.
-struct Alone;
-
-impl Outbox for Alone {
-    fn send(&mut self, _message: Outgoing) -> bool {
-        false
-    }
-
-    fn make_snapshot(&mut self, _to: u64) {}
+/// The connections to other members; what happens to them is told to raft.
+fn peers(
+    identity: Identity,
+    connector: Connector,
+    raft: &mpsc::Sender<RaftInput>,
+    fault: &Fault,
+    metrics: &Arc<Metrics>,
+) -> Peers {
+    let (raft, fault) = (raft.clone(), fault.clone());
+    let events = move |event| {
+        let (id, is_broken) = match event {
+            PeerEvent::Broken(id) => (id, true),
+            PeerEvent::Unreachable(id) => (id, false),
+            PeerEvent::Removed => return fault.raise_removal(),
+        };
+        // A member that stops has no use for it.
+        let _ = raft.send(RaftInput::Unreachable { id, is_broken });
+    };
+    let Identity { cluster_id, member_id } = identity;
+    Peers::new(cluster_id, member_id, connector, Arc::new(events), Arc::clone(metrics))
 }
 
-impl Forwarder for Alone {
-    fn forward(&self, _leader: u64, _term: u64, _proposal: Proposal) {}
+/// Where snapshots of other members arrive, which then go to raft.
+fn incoming(place: &Place, raft: &mpsc::Sender<RaftInput>) -> Result<Incoming, StartError> {
+    let directory = match place {
+        Place::Disk { data_dir, .. } => Some(data_dir.join("member").join("snap")),
+        Place::Memory => None,
+    };
+    let raft = raft.clone();
+    let deliver = move |arrived| {
+        // When raft has stopped, the sender hears that it was not taken.
+        let _ = raft.send(RaftInput::Snapshot(arrived));
+    };
+    let has_room = {
+        let directory = directory.clone();
+        move |bytes| directory.as_deref().is_none_or(|at| space::has_room_for_image(at, bytes))
+    };
+    Incoming::open(directory.as_deref(), Arc::new(has_room), Arc::new(deliver))
+        .map_err(StartError::Snapshots)
 }
 
 /// What is on disk, or a new member, with raft's timing.
-async fn recover(config: &Config, place: Place, limits: &Limits) -> Result<Recovery, StartError> {
-    let bootstrap = bootstrap(config);
+async fn recover(
+    config: &Config,
+    place: Place,
+    limits: &Limits,
+    connector: &Connector,
+) -> Result<Recovery, StartError> {
+    let mut bootstrap = bootstrap(config);
+    let is_new = {
+        let place = place.clone();
+        tokio::task::spawn_blocking(move || recover::is_new(&place))
+            .await
+            .map_err(|error| Fatal::new(error.to_string()))??
+    };
+    if is_new {
+        let urls = bootstrap.other_peer_urls();
+        bootstrap.running = if bootstrap.joins {
+            Some(discover::when_joining(&urls, &**connector).await?)
+        } else {
+            discover::when_new(&urls, &**connector).await
+        };
+    }
     let opening = tokio::task::spawn_blocking(move || recover::open(&place, &bootstrap));
     let mut recovery = opening.await.map_err(|error| Fatal::new(error.to_string()))??;
     let Recovery { state, start, identity, is_new, .. } = &mut recovery;
@@ -340,6 +472,10 @@ fn bootstrap(config: &Config) -> Bootstrap {
         cluster_token: config.initial_cluster_token.clone(),
         name: config.name.clone(),
         cluster_version: ETCD_STORAGE_VERSION.to_owned(),
+        joins: config.initial_cluster_state == ClusterState::Existing,
+        running: None,
+        max_learners: config.max_learners,
+        force_new_cluster: config.force_new_cluster,
     }
 }
 
@@ -348,6 +484,8 @@ fn limits(config: &Config) -> Limits {
         max_request_bytes: usize::try_from(config.max_request_bytes).unwrap_or(usize::MAX),
         max_txn_ops: usize::try_from(config.max_txn_ops).unwrap_or(usize::MAX),
         quota_bytes: config.quota_bytes(),
+        strict_reconfig_check: config.strict_reconfig_check,
+        max_learners: config.max_learners,
         heartbeat: config.heartbeat(),
         election_timeout: config.election(),
         warning_unary_request_duration: config.slow_request(),
@@ -389,8 +527,6 @@ fn retention(config: &Config) -> Option<Retention> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]

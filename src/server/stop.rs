@@ -186,7 +186,8 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let (fatal, answer, finished) = runtime.block_on(async {
             let config = Config::in_memory();
-            let member = Member::start(&config).await.unwrap();
+            let member =
+                Member::start(&config, crate::api::connector::connector(None)).await.unwrap();
             member.ready(&config, Vec::new()).await.unwrap();
             // Nobody has committed that much, so the raft crate panics.
             let too_far = RaftInput::Applied(u64::MAX);

@@ -16,15 +16,17 @@ use bytes::Bytes;
 use prost::Message as _;
 
 use super::members::Members;
+use super::rolling::RollingHash;
 use super::txn;
 use crate::error::Error;
 use crate::lease::{Lease, Lessor};
-use crate::log::Mark;
+use crate::log::{BOOTSTRAP, Mark};
 use crate::mvcc::{Change, HashKv, KeyRange, RangeEnd, Revision, Store};
 use crate::pb::etcdserverpb::{
     AlarmMember, AlarmRequest, AlarmResponse, AlarmType, CompactionRequest, CompactionResponse,
-    DeleteRangeResponse, LeaseGrantRequest, LeaseGrantResponse, LeaseRevokeResponse, PutResponse,
-    ResponseHeader, TxnResponse, alarm_request::AlarmAction,
+    DeleteRangeResponse, LeaseCheckpoint, LeaseGrantRequest, LeaseGrantResponse,
+    LeaseRevokeResponse, Member, PutResponse, ResponseHeader, TxnResponse,
+    alarm_request::AlarmAction,
 };
 use crate::pb::kvorumpb::{CheckpointHead, Command, MemberRecord, command::Request};
 use crate::pb::leasepb;
@@ -49,12 +51,15 @@ pub enum Response {
     LeaseRevoke(LeaseRevokeResponse),
     /// To an alarm request.
     Alarm(AlarmResponse),
+    /// To a change of the members: all of them, as they are then.
+    Members(Vec<Member>),
     /// To a command that no client sent.
     Done,
 }
 
 impl Response {
-    /// The header, of which the revision alone is filled in. Only [`Response::Done`] has none.
+    /// The header, of which the revision alone is filled in. [`Response::Members`],
+    /// which etcd answers without a revision, and [`Response::Done`] have none.
     pub fn header_mut(&mut self) -> Option<&mut Option<ResponseHeader>> {
         match self {
             Response::Put(response) => Some(&mut response.header),
@@ -64,7 +69,7 @@ impl Response {
             Response::LeaseGrant(response) => Some(&mut response.header),
             Response::LeaseRevoke(response) => Some(&mut response.header),
             Response::Alarm(response) => Some(&mut response.header),
-            Response::Done => None,
+            Response::Members(_) | Response::Done => None,
         }
     }
 }
@@ -87,6 +92,15 @@ pub struct Effects {
     pub leases: Vec<LeaseChange>,
     /// Hashes of compactions, begun just before these took effect.
     pub compactions: Vec<HashKv>,
+    /// Whether there is something new to know about the members: who they are, which of
+    /// them vote, or where they are reached.
+    pub members_changed: bool,
+}
+
+#[cfg(test)]
+thread_local! {
+    /// A mistake for the simulator to find: what a leader of an earlier term decided is carried out.
+    pub(crate) static TRUSTS_STALE_LEADERS: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 /// What changed since the last cut, for the checkpoint.
@@ -163,13 +177,37 @@ pub struct StateMachine {
     cluster_version: String,
     alarms: BTreeSet<(u64, i32)>,
     applied: Mark,
+    rolling: RollingHash,
     dirty: Dirty,
 }
 
 impl StateMachine {
-    /// The state of a new cluster with these members, before anything is applied.
+    /// The state of a new cluster with these members, where its log begins.
     /// `member_id` is the member that holds this state.
     pub fn bootstrap(member_id: u64, members: Members, cluster_version: String) -> StateMachine {
+        StateMachine::empty(member_id, members, cluster_version, BOOTSTRAP)
+    }
+
+    /// The state of a member that joins a cluster, before it has any of the cluster's log: a
+    /// snapshot comes first and replaces all this. The members are there to be reached, and
+    /// for the cluster's id; none of them counts yet
+    /// ([`StateMachine::configuration_members`]).
+    pub fn joining(
+        member_id: u64,
+        cluster_id: u64,
+        members: Vec<MemberRecord>,
+        cluster_version: String,
+    ) -> StateMachine {
+        let members = Members::restore(cluster_id, members, Vec::new());
+        StateMachine::empty(member_id, members, cluster_version, Mark::default())
+    }
+
+    fn empty(
+        member_id: u64,
+        members: Members,
+        cluster_version: String,
+        applied: Mark,
+    ) -> StateMachine {
         StateMachine {
             store: Store::new(),
             lessor: Lessor::default(),
@@ -177,7 +215,8 @@ impl StateMachine {
             member_id,
             cluster_version,
             alarms: BTreeSet::new(),
-            applied: Mark::default(),
+            applied,
+            rolling: RollingHash::default(),
             dirty: Dirty { rest: true, ..Dirty::default() },
         }
     }
@@ -193,11 +232,12 @@ impl StateMachine {
         StateMachine {
             store,
             lessor,
-            members: Members::restore(head.cluster_id, members),
+            members: Members::restore(head.cluster_id, members, head.removed_members),
             member_id: head.member_id,
             cluster_version: head.cluster_version,
             alarms: head.alarms.iter().map(|alarm| (alarm.member_id, alarm.alarm)).collect(),
             applied: Mark { index: head.applied_index, term: head.applied_term },
+            rolling: RollingHash::restore(head.rolling_hash),
             dirty: Dirty::default(),
         }
     }
@@ -205,6 +245,12 @@ impl StateMachine {
     /// The keys.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The keys, for tests that tamper with them.
+    #[cfg(test)]
+    pub(crate) fn store_mut(&mut self) -> &mut Store {
+        &mut self.store
     }
 
     /// The leases.
@@ -217,9 +263,24 @@ impl StateMachine {
         &self.members
     }
 
+    /// Who votes and who only listens as of the applied index: raft's configuration. Nobody
+    /// before anything is applied, since the members a joining one was told of may be others
+    /// by the time a leader reaches it.
+    pub fn configuration_members(&self) -> (Vec<u64>, Vec<u64>) {
+        if self.applied.index == 0 {
+            return (Vec::new(), Vec::new());
+        }
+        self.members.voters_and_learners()
+    }
+
     /// The member that holds this state.
     pub fn member_id(&self) -> u64 {
         self.member_id
+    }
+
+    /// Whether that one only listens.
+    pub fn is_learner(&self) -> bool {
+        self.members.get(self.member_id).is_some_and(|member| member.is_learner)
     }
 
     /// A checksum of all that members must agree on, with every version there is; what
@@ -239,6 +300,9 @@ impl StateMachine {
         for member in self.members.records() {
             rest.add(&member.encode_to_vec());
         }
+        for id in self.members.removed() {
+            rest.add(&id.to_be_bytes());
+        }
         for alarm in self.alarms(AlarmType::None) {
             rest.add(&alarm.encode_to_vec());
         }
@@ -253,6 +317,12 @@ impl StateMachine {
     /// The newest applied entry.
     pub fn applied(&self) -> Mark {
         self.applied
+    }
+
+    /// How the state came to be, up to the newest applied entry; to be compared with other
+    /// members' at the same index.
+    pub fn rolling_hash(&self) -> u64 {
+        self.rolling.value()
     }
 
     /// What changed since the last cut.
@@ -276,13 +346,18 @@ impl StateMachine {
 
     /// Applies an entry that holds no command: a leader's first of its term.
     pub fn apply_empty(&mut self, entry: Mark) {
+        self.begin(entry);
+    }
+
+    fn begin(&mut self, entry: Mark) {
         self.applied = entry;
+        self.rolling.entry(entry);
     }
 
     /// Applies a committed command. An error is an outcome like any other: equal on
     /// all members, and nothing was changed.
     pub fn apply(&mut self, entry: Mark, command: Command, effects: &mut Effects) -> Outcome {
-        self.applied = entry;
+        self.begin(entry);
         let Some(request) = command.request else { return Ok(Response::Done) };
         if self.has_alarm(AlarmType::Corrupt) && is_refused_when_corrupt(&request) {
             return Err(Error::Corrupt);
@@ -330,7 +405,7 @@ impl StateMachine {
                 let response = LeaseRevokeResponse { header: header(self.store.revision()) };
                 Ok(Response::LeaseRevoke(response))
             }
-            Request::LeaseExpire(request) if request.term == entry.term => {
+            Request::LeaseExpire(request) if is_decided_in(request.term, entry) => {
                 for id in request.ids {
                     // One that a client revoked meanwhile has nothing left to expire.
                     let _ = self.revoke(id, effects);
@@ -338,20 +413,29 @@ impl StateMachine {
                 Ok(Response::Done)
             }
             Request::LeaseCheckpoint(request) => {
-                for lease in request.checkpoints {
-                    if self.lessor.set_remaining(lease.id, lease.remaining_ttl).is_some() {
-                        self.note_lease(lease.id);
-                    }
-                }
+                self.set_remaining(request.checkpoints);
+                Ok(Response::Done)
+            }
+            Request::LeaseRemainders(request) if request.term == entry.term => {
+                self.set_remaining(request.checkpoints);
                 Ok(Response::Done)
             }
             // A leader of an earlier term decided this; it is not its to decide now.
-            Request::AutoCompact(_) | Request::LeaseExpire(_) => Ok(Response::Done),
+            Request::AutoCompact(_) | Request::LeaseExpire(_) | Request::LeaseRemainders(_) => {
+                Ok(Response::Done)
+            }
             Request::Alarm(request) => Ok(Response::Alarm(self.alarm(request))),
-            Request::MemberChange(_) => Ok(Response::Done),
+            Request::MemberChange(request) => {
+                // A change of a kind that this version does not know is none.
+                let Some(change) = request.change else { return Ok(Response::Done) };
+                let id = super::members::changed(&change);
+                self.members.change(change)?;
+                self.note_member(id, effects);
+                Ok(Response::Members(self.members.list()))
+            }
             Request::MemberPublish(request) => {
                 self.members.publish(request.id, request.name, request.client_urls);
-                self.dirty.rest = true;
+                self.note_member(request.id, effects);
                 Ok(Response::Done)
             }
         }
@@ -380,7 +464,8 @@ impl StateMachine {
         Cut { head: self.head(), members: self.members.records(), dirty }
     }
 
-    fn head(&self) -> CheckpointHead {
+    /// How far the state is, and the small things in it.
+    pub fn head(&self) -> CheckpointHead {
         CheckpointHead {
             applied_index: self.applied.index,
             applied_term: self.applied.term,
@@ -390,8 +475,9 @@ impl StateMachine {
             member_id: self.member_id,
             cluster_version: self.cluster_version.clone(),
             alarms: self.alarms(AlarmType::None),
-            removed_members: Vec::new(),
+            removed_members: self.members.removed(),
             installed: false,
+            rolling_hash: self.rolling.value(),
         }
     }
 
@@ -399,6 +485,7 @@ impl StateMachine {
         let hash = self.store.compaction_hash_begin(revision);
         self.store.compact(revision)?;
         effects.compactions.push(hash);
+        self.rolling.compaction(revision);
         self.dirty.rest = true;
         let response = CompactionResponse { header: header(self.store.revision()) };
         Ok(Response::Compact(response))
@@ -426,13 +513,28 @@ impl StateMachine {
         }
         let (_, changes) = write.commit();
         self.note(changes, effects);
-        self.dirty.leases.insert(id, None);
+        self.note_lease(id);
         effects.leases.push(LeaseChange::Revoked(id));
         Ok(())
     }
 
+    fn set_remaining(&mut self, checkpoints: Vec<LeaseCheckpoint>) {
+        for lease in checkpoints {
+            if self.lessor.set_remaining(lease.id, lease.remaining_ttl).is_some() {
+                self.note_lease(lease.id);
+            }
+        }
+    }
+
+    fn note_member(&mut self, id: u64, effects: &mut Effects) {
+        self.rolling.member(id, self.members.get(id));
+        self.dirty.rest = true;
+        effects.members_changed = true;
+    }
+
     fn note_lease(&mut self, id: i64) {
         let lease = self.lessor.get(id).map(Lease::to_record);
+        self.rolling.lease(id, lease.as_ref());
         self.dirty.leases.insert(id, lease);
     }
 
@@ -446,9 +548,13 @@ impl StateMachine {
             },
             Ok(AlarmAction::Activate) if request.alarm != AlarmType::None as i32 => {
                 self.alarms.insert(record);
+                self.rolling.alarm(record.0, record.1, true);
                 vec![member]
             }
-            Ok(AlarmAction::Deactivate) if self.alarms.remove(&record) => vec![member],
+            Ok(AlarmAction::Deactivate) if self.alarms.remove(&record) => {
+                self.rolling.alarm(record.0, record.1, false);
+                vec![member]
+            }
             _ => Vec::new(),
         };
         self.dirty.rest = true;
@@ -460,11 +566,21 @@ impl StateMachine {
         txn::attach_leases(&mut self.lessor, &changes);
         for change in &changes {
             let record = change.record();
+            self.rolling.record(change.revision, change.deleted, &record);
             self.dirty.records_bytes += record.len();
             self.dirty.records.push((change.revision, change.deleted, record));
         }
         effects.changes.extend(changes);
     }
+}
+
+/// Whether the leader of the entry's term decided it.
+fn is_decided_in(term: u64, entry: Mark) -> bool {
+    #[cfg(test)]
+    if TRUSTS_STALE_LEADERS.get() {
+        return true;
+    }
+    term == entry.term
 }
 
 fn header(revision: i64) -> Option<ResponseHeader> {
@@ -492,6 +608,7 @@ fn is_refused_when_corrupt(request: &Request) -> bool {
         | Request::LeaseRevoke(_)
         | Request::LeaseExpire(_) => true,
         Request::LeaseCheckpoint(_)
+        | Request::LeaseRemainders(_)
         | Request::Alarm(_)
         | Request::MemberPublish(_)
         | Request::MemberChange(_) => false,

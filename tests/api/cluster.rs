@@ -1,15 +1,16 @@
 //! Members, leadership, hashes, alarms: the Cluster and Maintenance services.
 
+use kvorum::Config;
 use kvorum::pb::etcdserverpb::alarm_request::AlarmAction;
 use kvorum::pb::etcdserverpb::downgrade_request::DowngradeAction;
 use kvorum::pb::etcdserverpb::{
     AlarmRequest, AlarmType, DefragmentRequest, DowngradeRequest, DowngradeResponse, HashKvRequest,
-    MemberAddRequest, MemberListRequest, MemberPromoteRequest, MemberRemoveRequest,
-    MemberUpdateRequest, MoveLeaderRequest, SnapshotRequest, StatusRequest,
+    Member, MemberAddRequest, MemberAddResponse, MemberListRequest, MemberPromoteRequest,
+    MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, SnapshotRequest, StatusRequest,
 };
 use tonic::{Code, Status};
 
-use crate::rig::{Rig, put_request, refused, start};
+use crate::rig::{Rig, put_request, refused, start, start_with};
 
 async fn only_member(rig: &Rig) -> kvorum::pb::etcdserverpb::Member {
     let request = MemberListRequest { linearizable: true };
@@ -30,36 +31,125 @@ async fn the_member_is_listed_with_its_name_and_urls() {
     assert!(!member.peer_ur_ls.is_empty() && !member.client_ur_ls.is_empty());
 }
 
-#[tokio::test]
-async fn changes_of_members_are_refused_in_etcds_words_first() {
-    let rig = start().await;
-    let member = only_member(&rig).await;
-    let new = vec!["http://127.0.0.1:1".to_owned()];
-    let add = |peer_ur_ls: Vec<String>| {
-        let mut members = rig.members();
-        let request = MemberAddRequest { peer_ur_ls, is_learner: false };
-        async move { members.member_add(request).await }
-    };
-    let bad = "etcdserver: given member URLs are invalid";
-    refused(add(Vec::new()).await, Code::InvalidArgument, bad);
-    refused(add(vec!["nonsense".to_owned()]).await, Code::InvalidArgument, bad);
-    assert_eq!(add(new.clone()).await.unwrap_err().code(), Code::Unimplemented);
+const NOT_FOUND: &str = "etcdserver: member not found";
+const NOT_ENOUGH_STARTED: &str =
+    "etcdserver: re-configuration failed due to not enough started members";
 
-    let gone = "etcdserver: member not found";
-    let id = member.id ^ 1;
-    refused(rig.members().member_remove(MemberRemoveRequest { id }).await, Code::NotFound, gone);
-    let update = MemberUpdateRequest { id, peer_ur_ls: new };
-    refused(rig.members().member_update(update).await, Code::NotFound, gone);
-    refused(rig.members().member_promote(MemberPromoteRequest { id }).await, Code::NotFound, gone);
-    refused(
-        rig.members().member_promote(MemberPromoteRequest { id: member.id }).await,
-        Code::FailedPrecondition,
-        "etcdserver: can only promote a learner member",
-    );
-    let remove = MemberRemoveRequest { id: member.id };
-    let refusal = rig.members().member_remove(remove).await.unwrap_err();
-    assert_eq!(refusal.code(), Code::Unimplemented);
-    assert!(refusal.message().contains("one member"), "{refusal:?}");
+fn urls(port: u16) -> Vec<String> {
+    vec![format!("http://127.0.0.1:{port}")]
+}
+
+async fn add(
+    rig: &Rig,
+    peer_ur_ls: Vec<String>,
+    is_learner: bool,
+) -> Result<MemberAddResponse, Status> {
+    let request = MemberAddRequest { peer_ur_ls, is_learner };
+    Ok(rig.members().member_add(request).await?.into_inner())
+}
+
+async fn remove(rig: &Rig, id: u64) -> Result<Vec<Member>, Status> {
+    let response = rig.members().member_remove(MemberRemoveRequest { id }).await?.into_inner();
+    assert_eq!(response.header.unwrap().revision, 0);
+    Ok(response.members)
+}
+
+async fn update(rig: &Rig, id: u64, peer_ur_ls: Vec<String>) -> Result<Vec<Member>, Status> {
+    let request = MemberUpdateRequest { id, peer_ur_ls };
+    let response = rig.members().member_update(request).await?.into_inner();
+    assert_eq!(response.header.unwrap().revision, 0);
+    Ok(response.members)
+}
+
+async fn promote(rig: &Rig, id: u64) -> Result<Vec<Member>, Status> {
+    let response = rig.members().member_promote(MemberPromoteRequest { id }).await?.into_inner();
+    Ok(response.members)
+}
+
+#[tokio::test]
+async fn a_learner_comes_and_goes() {
+    let rig = start().await;
+    let here = only_member(&rig).await;
+    let added = add(&rig, urls(1), true).await.unwrap();
+    assert_eq!(added.header.unwrap().revision, 0);
+    let learner = added.member.unwrap();
+    assert!(learner.id != 0 && learner.is_learner && learner.name.is_empty());
+    assert_eq!((&learner.peer_ur_ls, learner.client_ur_ls.len()), (&urls(1), 0));
+    assert_eq!(added.members.len(), 2);
+    assert!(added.members.contains(&learner) && added.members.contains(&here));
+    assert!(added.members.is_sorted_by_key(|member| member.id));
+
+    let precondition = Code::FailedPrecondition;
+    let used = "etcdserver: Peer URLs already exists";
+    // Not of that URL alone: within a second the id would be the same one.
+    refused(add(&rig, [urls(1), urls(2)].concat(), true).await, precondition, used);
+    refused(add(&rig, here.peer_ur_ls.clone(), false).await, precondition, used);
+    let too_many = "etcdserver: too many learner members in cluster";
+    refused(add(&rig, urls(2), true).await, precondition, too_many);
+
+    refused(update(&rig, learner.id, here.peer_ur_ls.clone()).await, precondition, used);
+    let bad = "etcdserver: given member URLs are invalid";
+    refused(update(&rig, learner.id, Vec::new()).await, Code::InvalidArgument, bad);
+    let members = update(&rig, learner.id, urls(3)).await.unwrap();
+    let learner = Member { peer_ur_ls: urls(3), ..learner };
+    assert!(members.contains(&learner) && members.contains(&here));
+
+    let behind = "etcdserver: can only promote a learner member which is in sync with leader";
+    refused(promote(&rig, learner.id).await, precondition, behind);
+
+    assert_eq!(remove(&rig, learner.id).await.unwrap(), [here]);
+    refused(remove(&rig, learner.id).await, Code::NotFound, NOT_FOUND);
+    refused(update(&rig, learner.id, urls(3)).await, Code::NotFound, NOT_FOUND);
+    refused(promote(&rig, learner.id).await, Code::NotFound, NOT_FOUND);
+    assert!(add(&rig, urls(4), true).await.is_ok(), "there is room again");
+    rig.put("k", "v").await;
+}
+
+/// From then on two must agree, and one was never started.
+#[tokio::test]
+async fn the_only_member_may_add_a_voter() {
+    let rig = start().await;
+    let both = vec![" http://b:2380".to_owned(), "http://a:2380 ".to_owned()];
+    let added = add(&rig, both, false).await.unwrap();
+    let voter = added.member.unwrap();
+    assert!(!voter.is_learner);
+    assert_eq!(voter.peer_ur_ls, ["http://a:2380", "http://b:2380"]);
+    assert_eq!(added.members.len(), 2);
+    let local = MemberListRequest { linearizable: false };
+    let listed = rig.members().member_list(local).await.unwrap().into_inner().members;
+    assert_eq!(listed, added.members);
+    refused(add(&rig, urls(2), false).await, Code::Unknown, NOT_ENOUGH_STARTED);
+}
+
+#[tokio::test]
+async fn changes_of_members_are_refused_in_etcds_words() {
+    let rig = start().await;
+    let here = only_member(&rig).await.id;
+    for is_learner in [false, true] {
+        let bad = "etcdserver: given member URLs are invalid";
+        refused(add(&rig, Vec::new(), is_learner).await, Code::InvalidArgument, bad);
+        let nonsense = vec!["nonsense".to_owned()];
+        refused(add(&rig, nonsense, is_learner).await, Code::InvalidArgument, bad);
+    }
+    refused(remove(&rig, here ^ 1).await, Code::NotFound, NOT_FOUND);
+    refused(update(&rig, here ^ 1, urls(1)).await, Code::NotFound, NOT_FOUND);
+    refused(update(&rig, here ^ 1, Vec::new()).await, Code::NotFound, NOT_FOUND);
+    refused(promote(&rig, here ^ 1).await, Code::NotFound, NOT_FOUND);
+    let voter = "etcdserver: can only promote a learner member";
+    refused(promote(&rig, here).await, Code::FailedPrecondition, voter);
+    refused(remove(&rig, here).await, Code::Unknown, NOT_ENOUGH_STARTED);
+}
+
+#[tokio::test]
+async fn the_last_voter_stays_whatever_the_flags_say() {
+    let config = Config { strict_reconfig_check: false, max_learners: 2, ..Config::in_memory() };
+    let rig = start_with(config).await;
+    let here = only_member(&rig).await.id;
+    for port in [1, 2] {
+        add(&rig, urls(port), true).await.unwrap();
+    }
+    refused(remove(&rig, here).await, Code::Unknown, NOT_ENOUGH_STARTED);
+    rig.put("k", "v").await;
 }
 
 #[tokio::test]
@@ -127,6 +217,21 @@ async fn equal_stores_have_equal_hashes() {
         Code::OutOfRange,
         "etcdserver: mvcc: required revision is a future revision",
     );
+}
+
+/// Members are compared whenever it is time to, also when all history has just gone.
+#[tokio::test]
+async fn a_hash_just_after_a_compaction_is_no_error() {
+    let rig = start().await;
+    for value in ["1", "2", "3"] {
+        let revision = rig.put("a", value).await;
+        rig.compact(revision).await.unwrap();
+        for asked in [0, revision] {
+            let request = HashKvRequest { revision: asked };
+            let hash = rig.maintenance().hash_kv(request).await.unwrap().into_inner();
+            assert_eq!(hash.hash_revision, revision);
+        }
+    }
 }
 
 #[tokio::test]

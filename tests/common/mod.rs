@@ -8,6 +8,7 @@
 //!   message as JSON.
 //! * [`http`]: an HTTP/1.1 client of a hundred lines.
 //! * [`accepted`]: where kvorum differs from etcd on purpose.
+//! * [`ca`]: makes certificates.
 //! * [`process`]: any process, with exactly the arguments given.
 //! * [`mask`]: takes out of an answer what two correct servers cannot agree on.
 //! * [`scrape`]: reads `/metrics`.
@@ -21,6 +22,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
 
 pub(crate) mod accepted;
+pub(crate) mod ca;
 pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod judge;

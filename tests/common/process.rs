@@ -71,6 +71,11 @@ impl Started {
         Started { child, log }
     }
 
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Everything it wrote so far.
     pub(crate) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap()
@@ -87,6 +92,11 @@ impl Started {
         let id = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(id, rustix::process::Signal::TERM).unwrap();
         until("the end after SIGTERM", || self.child.try_wait().unwrap())
+    }
+
+    /// Waits for it to end by itself.
+    pub(crate) fn ended(&mut self) -> ExitStatus {
+        until("the end", || self.child.try_wait().unwrap())
     }
 }
 

@@ -69,6 +69,7 @@ impl Node {
             .arg("--data-dir")
             .arg(&self.data_dir)
             .args(["--listen-client-urls", &self.url(), "--advertise-client-urls", &self.url()])
+            .arg("--listen-peer-urls=http://127.0.0.1:0")
             .args(&self.arguments)
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the log file is shared"))

@@ -1,5 +1,6 @@
 // The programs that kvorum is compared with, pinned: etcd, etcdctl and etcdutl
-// as their authors publish them. build.sh builds them.
+// as their authors publish them, and etcd's client, which client/ uses. build.sh
+// builds them.
 module kvorum.io/judge
 
 go 1.26.0
@@ -9,6 +10,8 @@ tool (
 	go.etcd.io/etcd/etcdutl/v3
 	go.etcd.io/etcd/server/v3
 )
+
+require go.etcd.io/etcd/client/v3 v3.7.1
 
 require (
 	github.com/VividCortex/ewma v1.2.0 // indirect
@@ -56,7 +59,6 @@ require (
 	go.etcd.io/bbolt v1.5.0 // indirect
 	go.etcd.io/etcd/api/v3 v3.7.1 // indirect
 	go.etcd.io/etcd/client/pkg/v3 v3.7.1 // indirect
-	go.etcd.io/etcd/client/v3 v3.7.1 // indirect
 	go.etcd.io/etcd/etcdctl/v3 v3.7.1 // indirect
 	go.etcd.io/etcd/etcdutl/v3 v3.7.1 // indirect
 	go.etcd.io/etcd/pkg/v3 v3.7.1 // indirect

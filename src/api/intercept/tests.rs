@@ -113,6 +113,7 @@ struct Rig {
     metrics: Arc<Metrics>,
     leader: Arc<AtomicBool>,
     leader_checks: Arc<AtomicU32>,
+    learner: Arc<AtomicBool>,
     dropped: Arc<Notify>,
 }
 
@@ -124,6 +125,7 @@ fn rig_with(slow_unary: Duration) -> Rig {
     let metrics = Metrics::new().unwrap();
     let leader = Arc::new(AtomicBool::new(true));
     let leader_checks = Arc::new(AtomicU32::new(0));
+    let learner = Arc::new(AtomicBool::new(false));
     let dropped = Arc::new(Notify::new());
     let settings = Settings {
         max_message_bytes: LIMIT,
@@ -136,11 +138,15 @@ fn rig_with(slow_unary: Duration) -> Rig {
                 leader.load(Ordering::SeqCst)
             })
         },
+        is_learner: {
+            let learner = learner.clone();
+            Box::new(move || learner.load(Ordering::SeqCst))
+        },
     };
     let watch = WatchServer::new(FakeWatch { dropped: dropped.clone() });
     let services = Fakes { kv: KvServer::new(FakeKv), watch };
     let layer = Intercept::new(services, settings, metrics.clone());
-    Rig { layer, metrics, leader, leader_checks, dropped }
+    Rig { layer, metrics, leader, leader_checks, learner, dropped }
 }
 
 /// One message as gRPC frames it.
@@ -301,6 +307,34 @@ async fn a_slow_unary_call_is_worth_a_warning_that_names_it_and_its_client() {
             assert_eq!(text.contains(part), warns, "{part} in {text:?}");
         }
     }
+}
+
+/// In etcd's order: before anything in the metadata is looked at.
+#[tokio::test]
+async fn a_learner_answers_little() {
+    let rig = rig();
+    rig.learner.store(true, Ordering::SeqCst);
+    rig.leader.store(false, Ordering::SeqCst);
+    let unsupported =
+        (Code::FailedPrecondition, "etcdserver: rpc not supported for learner".to_owned());
+    for path in [
+        "/etcdserverpb.KV/Put",
+        "/etcdserverpb.KV/RangeStream",
+        "/etcdserverpb.Cluster/MemberList",
+        "/etcdserverpb.Maintenance/HashKV",
+        "/etcdserverpb.Watch/Watch",
+    ] {
+        let call = || request(path, framed(&PutRequest::default()));
+        assert_eq!(rig.status(call()).await, unsupported, "{path}");
+        let with_metadata = with(call(), "client-api-version", b"\xff");
+        assert_eq!(rig.status(with(with_metadata, "hasleader", b"true")).await, unsupported);
+    }
+    for path in ANSWERED_BY_LEARNERS {
+        let refused = rig.status(with(request(path, ""), "hasleader", b"true")).await;
+        assert_eq!(refused, (Code::Unavailable, "etcdserver: no leader".to_owned()), "{path}");
+    }
+    rig.learner.store(false, Ordering::SeqCst);
+    assert_eq!(rig.status(put(1).0).await.0, Code::Ok);
 }
 
 #[tokio::test]

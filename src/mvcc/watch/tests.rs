@@ -825,6 +825,19 @@ fn progress_waits_behind_events_and_for_those_who_lag() {
 }
 
 #[test]
+fn a_watch_of_the_past_that_finds_nothing_is_told_progress() {
+    let mut bench = Bench::new();
+    bench.put("a", b"2");
+    bench.put("a", b"3");
+    bench.watchers.create(STREAM, watch("b", 2), 3);
+    bench.watchers.progress(STREAM, 3);
+    while bench.watchers.catch_up(&bench.past) {}
+    let responses = bench.mailbox.take_all();
+    assert_eq!((responses.len(), responses[0].created), (2, true));
+    assert_eq!((responses[1].watch_id, responses[1].header), (-1, header(3)));
+}
+
+#[test]
 fn periodic_progress_is_for_the_quiet() {
     let mut bench = Bench::new();
     bench.create(WatchCreateRequest { progress_notify: true, ..watch("a", 0) });

@@ -38,6 +38,7 @@ fn hashed(recovered_index: u64, entries: Vec<Entry>) -> usize {
         recovered_index,
         hashes,
         checkpointer: Checkpointer::new(checkpoint, Arc::default(), Arc::default(), 10_000, 0, 0),
+        rolling_hashes: Arc::new(RollingHashes::new(At { index: 0, hash: 0 })),
         pace: CompactionPace { keys_per_step: 1000, pause: Duration::from_millis(10) },
         slow_apply: Duration::MAX,
         fault: Fault::default(),

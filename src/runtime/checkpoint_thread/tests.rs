@@ -52,6 +52,7 @@ impl Bench {
             pins: Arc::default(),
             tasks: receiver,
             log: log_sender,
+            apply: mpsc::channel().0,
             durable_index: 0,
             durable_revision: 0,
             published: Arc::new(Published::new(0, 0)),

@@ -1,10 +1,12 @@
 use super::*;
-use crate::log::Mark;
+use crate::log::{BOOTSTRAP, Mark};
 use crate::pb::etcdserverpb::{
     AlarmRequest, AlarmType, CompactionRequest, DeleteRangeRequest, LeaseGrantRequest,
     LeaseRevokeRequest, PutRequest, alarm_request::AlarmAction,
 };
-use crate::pb::kvorumpb::{Command, MemberPublish, command::Request};
+use crate::pb::kvorumpb::{
+    Command, MemberChange, MemberPublish, command::Request, member_change::Change,
+};
 use crate::state::Effects;
 use crate::state::members::Members;
 use crate::storage::{FaultyDisk, MemoryStorage};
@@ -36,6 +38,9 @@ fn log(member: u64) -> Vec<Request> {
             name: "one".to_owned(),
             client_urls: vec!["http://localhost:2379".to_owned()],
         }),
+        change(Change::Add(added(5))),
+        change(Change::Add(added(6))),
+        change(Change::Remove(5)),
         Request::LeaseGrant(LeaseGrantRequest { ttl: 60, id: 7 }),
         Request::LeaseGrant(LeaseGrantRequest { ttl: 90, id: 8 }),
         put("a", "1", 7),
@@ -46,16 +51,32 @@ fn log(member: u64) -> Vec<Request> {
         Request::DeleteRange(DeleteRangeRequest { key: "c".into(), ..Default::default() }),
         Request::LeaseRevoke(LeaseRevokeRequest { id: 7 }),
         put("c", "2", 8),
+        change(Change::Promote(6)),
         Request::Alarm(nospace),
         put("d", "refused", 0),
     ]
 }
 
-/// Applies `log[from..to]`; entry `i` has index `i + 1`.
+fn change(change: Change) -> Request {
+    Request::MemberChange(MemberChange { change: Some(change) })
+}
+
+/// A member that is to be added.
+fn added(id: u64) -> MemberRecord {
+    let peer_urls = vec![format!("http://127.0.0.1:{id}")];
+    MemberRecord { id, peer_urls, is_learner: true, ..MemberRecord::default() }
+}
+
+/// How many entries of the log a state has applied.
+fn entries_applied(state: &StateMachine) -> usize {
+    (state.applied().index - BOOTSTRAP.index) as usize
+}
+
+/// Applies `log[from..to]`; the first entry follows the log's begin.
 fn apply(state: &mut StateMachine, from: usize, to: usize) {
     for (i, request) in log(state.member_id()).into_iter().enumerate().take(to).skip(from) {
         let command = Command { header: None, request: Some(request) };
-        let entry = Mark { index: i as u64 + 1, term: 1 };
+        let entry = Mark { index: BOOTSTRAP.index + 1 + i as u64, term: 1 };
         let _ = state.apply(entry, command, &mut Effects::default());
     }
 }
@@ -97,6 +118,37 @@ fn what_is_written_in_cuts_is_read_back() {
     }
 }
 
+/// Also when the cut that took it along was lost: the next one makes up for it.
+#[test]
+fn a_member_that_left_leaves_the_checkpoint() {
+    for loses_a_cut in [false, true] {
+        let mut storage = MemoryStorage::new();
+        let mut state = new_state();
+        let apply = |state: &mut StateMachine, request: Request| {
+            let entry = Mark { index: state.applied().index + 1, term: 1 };
+            let command = Command { header: None, request: Some(request) };
+            state.apply(entry, command, &mut Effects::default()).expect("it is applied");
+        };
+        let stored = |storage: &MemoryStorage, id: u64| {
+            storage.get(Table::Member, &id.to_be_bytes()).expect("readable").is_some()
+        };
+        apply(&mut state, change(Change::Add(added(5))));
+        write(&mut storage, &state.cut(), 0).expect("written");
+        assert!(stored(&storage, 5));
+
+        apply(&mut state, change(Change::Remove(5)));
+        if loses_a_cut {
+            state.cut();
+            apply(&mut state, change(Change::Add(added(6))));
+        }
+        write(&mut storage, &state.cut(), 0).expect("written");
+        assert!(!stored(&storage, 5));
+        let restored = restored(&mut storage);
+        assert!(restored.members().is_removed(5));
+        assert_equal(&restored, &state);
+    }
+}
+
 #[test]
 fn what_is_written_anew_is_read_back() {
     let mut state = new_state();
@@ -131,7 +183,7 @@ fn a_crash_anywhere_and_the_log_lead_to_the_same_state() {
                 disk.power_cut(kept);
 
                 let mut state = restored(&mut disk.open());
-                let from = state.applied().index as usize;
+                let from = entries_applied(&state);
                 assert!(from == 0 || from == first, "a checkpoint is written whole or not at all");
                 apply(&mut state, from, end);
                 assert_equal(&state, &expected);

@@ -3,11 +3,13 @@ use crate::pb::etcdserverpb::{
     Compare, DeleteRangeRequest, LeaseCheckpoint, LeaseCheckpointRequest, LeaseRevokeRequest,
     PutRequest, RangeRequest, RequestOp, TxnRequest, request_op,
 };
-use crate::pb::kvorumpb::{AutoCompact, LeaseExpire, MemberPublish};
+use crate::pb::kvorumpb::{
+    AutoCompact, LeaseExpire, LeaseRemainders, MemberChange, MemberPublish, member_change::Change,
+};
 
 const TERM: u64 = 3;
 
-/// A state machine, and the next index of its log.
+/// A state machine, and the last index of its log.
 struct Member {
     state: StateMachine,
     index: u64,
@@ -20,7 +22,7 @@ impl Member {
         let members = Members::bootstrap(&[("default".to_owned(), urls)], "etcd-cluster");
         let id = members.list()[0].id;
         let state = StateMachine::bootstrap(id, members, "3.7.0".to_owned());
-        Member { state, index: 0, effects: Effects::default() }
+        Member { index: state.applied().index, state, effects: Effects::default() }
     }
 
     fn apply(&mut self, request: Request) -> Outcome {
@@ -83,6 +85,22 @@ fn expire(term: u64, ids: &[i64]) -> Request {
     Request::LeaseExpire(LeaseExpire { term, ids: ids.to_vec() })
 }
 
+fn remainders(term: u64, left: &[(i64, i64)]) -> Request {
+    let checkpoints =
+        left.iter().map(|&(id, remaining_ttl)| LeaseCheckpoint { id, remaining_ttl }).collect();
+    Request::LeaseRemainders(LeaseRemainders { term, checkpoints })
+}
+
+fn change(change: Change) -> Request {
+    Request::MemberChange(MemberChange { change: Some(change) })
+}
+
+/// A member that is to be added.
+fn added(id: u64, is_learner: bool) -> MemberRecord {
+    let peer_urls = vec![format!("http://127.0.0.1:{id}")];
+    MemberRecord { id, peer_urls, is_learner, ..MemberRecord::default() }
+}
+
 fn compaction(revision: i64) -> Request {
     Request::Compaction(CompactionRequest { revision, physical: false })
 }
@@ -118,7 +136,7 @@ fn each_write_is_a_revision_and_an_event() {
         .map(|change| (change.revision.main, change.key.as_ref(), change.deleted))
         .collect();
     assert_eq!(events, [(2, &b"a"[..], false), (3, b"b", false), (4, b"a", true)]);
-    assert_eq!(member.state.applied(), Mark { index: 5, term: TERM });
+    assert_eq!(member.state.applied(), Mark { index: BOOTSTRAP.index + 5, term: TERM });
 }
 
 #[test]
@@ -136,7 +154,7 @@ fn a_command_that_fails_changes_nothing_but_the_applied_index() {
     }
     assert_eq!(member.state.hash(), hash);
     assert!(member.state.dirty().is_empty());
-    assert_eq!(member.state.applied().index, 4);
+    assert_eq!(member.state.applied().index, BOOTSTRAP.index + 4);
 }
 
 #[test]
@@ -190,8 +208,10 @@ fn what_a_leader_of_another_term_decided_is_ignored() {
             member.done(Request::AutoCompact(AutoCompact { term, revision: 3 })),
             Response::Done
         );
+        assert_eq!(member.done(remainders(term, &[(7, 20)])), Response::Done);
     }
-    assert!(member.state.lessor().exists(7));
+    let lease = member.state.lessor().get(7).expect("the lease");
+    assert_eq!(lease.remaining_ttl_secs(), 0, "all of it");
     assert_eq!((member.keys().len(), member.state.store().compact_revision()), (2, -1));
 
     member.done(Request::AutoCompact(AutoCompact { term: TERM, revision: 3 }));
@@ -206,13 +226,82 @@ fn what_a_leader_of_another_term_decided_is_ignored() {
 fn a_remainder_is_kept_for_a_lease_there_is() {
     let mut member = Member::new();
     member.done(grant(7));
-    let left = |id| LeaseCheckpoint { id, remaining_ttl: 20 };
-    let checkpoints = vec![left(6), left(7)];
-    member.done(Request::LeaseCheckpoint(LeaseCheckpointRequest { checkpoints }));
+    member.done(remainders(TERM, &[(6, 20), (7, 20)]));
     let lease = member.state.lessor().get(7).expect("the lease");
     assert_eq!((lease.ttl_secs(), lease.remaining_ttl_secs()), (60, 20));
     assert!(!member.state.lessor().exists(6));
     assert_eq!(member.state.cut().dirty.leases.len(), 1);
+}
+
+/// It takes nothing from a lease, so that a keepalive may ask for it without knowing the term.
+#[test]
+fn a_renewal_is_carried_out_in_any_term() {
+    let mut member = Member::new();
+    member.done(grant(7));
+    member.done(remainders(TERM, &[(7, 20)]));
+    let whole = LeaseCheckpoint { id: 7, remaining_ttl: 0 };
+    member.done(Request::LeaseCheckpoint(LeaseCheckpointRequest { checkpoints: vec![whole] }));
+    let lease = member.state.lessor().get(7).expect("the lease");
+    assert_eq!(lease.remaining_ttl_secs(), 0, "all of it");
+}
+
+#[test]
+fn a_change_of_the_members_is_answered_with_all_of_them() {
+    let mut member = Member::new();
+    let first = member.state.member_id();
+    member.state.cut();
+    let response = member.done(change(Change::Add(added(5, true))));
+    assert_eq!(response, Response::Members(member.state.members().list()));
+    assert_eq!(member.state.configuration_members(), (vec![first], vec![5]));
+    assert!(member.effects.members_changed && !member.state.is_learner());
+    assert_eq!(member.state.cut().members.len(), 2);
+
+    member.done(change(Change::Promote(5)));
+    member.done(change(Change::Remove(first)));
+    assert_eq!(member.state.configuration_members(), (vec![5], vec![]));
+    let cut = member.state.cut();
+    assert_eq!((cut.members.len(), cut.head.removed_members), (1, vec![first]));
+    assert_eq!(member.revision(), 1);
+}
+
+#[test]
+fn a_change_that_is_refused_changes_nothing() {
+    let mut member = Member::new();
+    let first = member.state.member_id();
+    member.state.cut();
+    let hash = member.state.hash();
+    for (request, error) in [
+        (Change::Add(added(first, false)), Error::MemberExists),
+        (Change::Remove(first), Error::NotEnoughStartedMembers),
+        (Change::Remove(9), Error::MemberNotFound),
+        (Change::Promote(first), Error::MemberNotLearner),
+        (Change::Update(added(9, false)), Error::MemberNotFound),
+    ] {
+        assert_eq!(member.apply(change(request)), Err(error));
+    }
+    let unknown = Request::MemberChange(MemberChange { change: None });
+    assert_eq!(member.apply(unknown), Ok(Response::Done));
+    assert!(!member.effects.members_changed && member.state.dirty().is_empty());
+    assert_eq!(member.state.hash(), hash);
+}
+
+#[test]
+fn a_member_that_joins_counts_for_nothing_until_it_has_the_state() {
+    let records = vec![added(5, false), added(6, true)];
+    let state = StateMachine::joining(6, 9, records, "3.7.0".to_owned());
+    assert_eq!((state.applied(), state.members().cluster_id()), (Mark::default(), 9));
+    assert_eq!(state.members().list().len(), 2, "they are there to be reached");
+    assert_eq!(state.configuration_members(), (vec![], vec![]));
+    assert!(state.is_learner());
+}
+
+#[test]
+fn members_that_differ_in_who_left_have_other_hashes() {
+    let mut member = Member::new();
+    let hash = member.state.hash();
+    member.done(change(Change::Add(added(5, true))));
+    member.done(change(Change::Remove(5)));
+    assert_ne!(member.state.hash(), hash);
 }
 
 #[test]
@@ -253,7 +342,8 @@ fn a_corrupt_state_is_not_built_upon() {
         assert_eq!(member.apply(request), Err(Error::Corrupt));
     }
     member.done(publish(id));
-    assert_eq!(member.state.members().list()[0].name, "one");
+    assert_eq!(member.state.members().get(id).expect("known").name, "one");
+    member.done(change(Change::Add(added(5, true))));
     member.done(alarm(AlarmAction::Deactivate, AlarmType::Corrupt));
     member.done(put("b", 0));
 }
@@ -284,7 +374,7 @@ fn alarms_are_answered_as_etcd_does() {
 fn an_empty_entry_only_moves_the_applied_index() {
     let mut member = Member::new();
     member.state.cut();
-    let entry = Mark { index: 1, term: TERM };
+    let entry = Mark { index: 2, term: TERM };
     member.state.apply_empty(entry);
     assert_eq!(member.state.applied(), entry);
     assert!(member.state.dirty().is_empty());
@@ -302,6 +392,9 @@ fn equal_logs_make_equal_states() {
             compaction(3),
             delete("a"),
             expire(TERM, &[7]),
+            change(Change::Add(added(5, true))),
+            change(Change::Add(added(5, true))),
+            change(Change::Remove(5)),
             alarm(AlarmAction::Activate, AlarmType::Nospace),
             put("refused", 0),
         ]
@@ -311,6 +404,60 @@ fn equal_logs_make_equal_states() {
         assert_eq!(eager.apply(one), late.apply(other));
         while !eager.state.compact_step(i64::MAX, 1) {}
         assert_eq!(eager.state.hash(), late.state.hash());
+        assert_eq!(eager.state.rolling_hash(), late.state.rolling_hash());
     }
     assert_eq!(eager.effects.changes.len(), late.effects.changes.len());
+}
+
+/// Whatever an entry does differently is seen after it, and goes on being seen.
+#[test]
+fn what_is_applied_differently_shows_in_the_rolling_hash() {
+    let differing: Vec<[Request; 2]> = vec![
+        [put("a", 0), put("b", 0)],
+        [put("k", 0), delete("k")],
+        [delete("k"), txn_range("k")],
+        [grant(7), grant(8)],
+        [revoke(1), delete("none")],
+        [remainders(TERM, &[(1, 5)]), remainders(TERM, &[(1, 6)])],
+        [compaction(2), compaction(3)],
+        [
+            alarm(AlarmAction::Activate, AlarmType::Nospace),
+            alarm(AlarmAction::Get, AlarmType::None),
+        ],
+        [change(Change::Add(added(5, true))), change(Change::Add(added(5, false)))],
+        [change(Change::Remove(9)), delete("none")],
+    ];
+    for (number, [one, other]) in differing.into_iter().enumerate() {
+        let [mut member, mut different] = [Member::new(), Member::new()];
+        for member in [&mut member, &mut different] {
+            for request in [grant(1), put("k", 0), put("k", 0), change(Change::Add(added(9, true)))]
+            {
+                member.done(request);
+            }
+        }
+        assert_eq!(member.state.rolling_hash(), different.state.rolling_hash());
+        member.done(one);
+        different.done(other);
+        assert_ne!(member.state.rolling_hash(), different.state.rolling_hash(), "{number}");
+        for member in [&mut member, &mut different] {
+            // Refused by one of them, for want of space.
+            let _ = member.apply(put("after", 0));
+        }
+        assert_ne!(member.state.rolling_hash(), different.state.rolling_hash(), "{number}");
+    }
+}
+
+#[test]
+fn the_rolling_hash_goes_on_after_a_restart() {
+    let mut member = Member::new();
+    member.done(put("a", 0));
+    let Cut { head, members, dirty } = member.state.cut();
+    let store = Store::restore(dirty.records, head.revision, head.compact_revision).unwrap();
+    let state = StateMachine::restore(Restored { head, members, leases: Vec::new(), store });
+    let mut restarted = Member { state, index: member.index, effects: Effects::default() };
+    for member in [&mut member, &mut restarted] {
+        member.done(put("b", 0));
+    }
+    assert_ne!(member.state.rolling_hash(), 0);
+    assert_eq!(member.state.rolling_hash(), restarted.state.rolling_hash());
 }
