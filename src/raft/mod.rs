@@ -343,6 +343,29 @@ impl Node {
     /// [`Malformed::is_fatal`].
     pub fn step(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
         let message = message::decode(bytes)?;
+        if message.get_msg_type() == MessageType::MsgSnapshot {
+            return Err(Malformed::Message("it is of a snapshot, and comes without the image"));
+        }
+        self.see(message)
+    }
+
+    /// Sees the message of a snapshot whose image is there. `false`: it has not, because
+    /// another is being put in force, and raft could not be told what became of both.
+    ///
+    /// # Errors
+    /// As [`Node::step`].
+    pub fn step_snapshot(&mut self, bytes: &[u8]) -> Result<bool, Malformed> {
+        if self.installing.is_some() {
+            return Ok(false);
+        }
+        let message = message::decode(bytes)?;
+        if message.get_msg_type() != MessageType::MsgSnapshot {
+            return Err(Malformed::Message("an image comes with it, and it is of no snapshot"));
+        }
+        self.see(message).map(|()| true)
+    }
+
+    fn see(&mut self, message: raft::eraftpb::Message) -> Result<(), Malformed> {
         message::check(&self.raw, &message)?;
         let leads = self.raw.raft.state == StateRole::Leader;
         if message.get_msg_type() == MessageType::MsgReadIndex && !leads {

@@ -422,22 +422,20 @@ impl RaftThread {
     }
 
     fn step(&mut self, bytes: &[u8]) -> Result<(), RaftFailure> {
-        match self.parts.node.step(bytes) {
-            Err(malformed) if malformed.is_fatal() => Err(malformed.into()),
-            Err(malformed) => {
-                tracing::warn!(%malformed, "passed over a message of another member");
-                Ok(())
-            }
-            Ok(()) => Ok(()),
-        }
+        let seen = self.parts.node.step(bytes);
+        pass_over(seen, ())
     }
 
     /// Raft decides at once whether it goes on from the image, which then waits for nothing
     /// else: the message of a later one would replace it.
     fn receive_snapshot(&mut self, arrived: Arrived, now: Instant) -> Result<(), RaftFailure> {
         let message = arrived.begin.message.clone();
+        let seen = self.parts.node.step_snapshot(&message);
+        if !pass_over(seen, false)? {
+            // Dropped with what its sender waits for: that one tries again.
+            return Ok(());
+        }
         self.arrived = Some(arrived);
-        self.step(&message)?;
         self.carry_out(now)?;
         if let Some(unused) = self.arrived.take() {
             // This member is ahead of it. The sender may have gone.
@@ -541,6 +539,18 @@ impl RaftThread {
                 tracing::info!(member, term = role.term, leader, "follows a leader");
             }
         }
+    }
+}
+
+/// What raft refuses to see is passed over, unless this member cannot go on after it.
+fn pass_over<T>(seen: Result<T, Malformed>, instead: T) -> Result<T, RaftFailure> {
+    match seen {
+        Err(malformed) if malformed.is_fatal() => Err(malformed.into()),
+        Err(malformed) => {
+            tracing::warn!(%malformed, "passed over a message of another member");
+            Ok(instead)
+        }
+        Ok(seen) => Ok(seen),
     }
 }
 
