@@ -636,6 +636,9 @@ impl Node {
         let store = self.raw.mut_store();
         if let (Some(mark), Some(configuration)) = (mark, configuration) {
             store.reset(mark, configuration);
+            // The snapshot's configuration has them in it. Entries that were committed before
+            // may be applied yet, and must not change it once more.
+            self.changes.clear();
         }
         store.append(&entries);
         if let Some(hard_state) = hard_state {

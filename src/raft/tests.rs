@@ -463,6 +463,32 @@ fn while_a_snapshot_is_put_in_force_another_is_not_taken() {
 }
 
 #[test]
+fn a_change_from_before_a_snapshot_does_not_change_the_snapshots_configuration() {
+    let mut node = lone(HardState::default(), Mark::default(), vec![], 0);
+    lead(&mut node);
+    node.propose_change(Change::Listen(9), Bytes::from_static(b"hello")).unwrap();
+    let mut change = None;
+    while let Some(effects) = node.effects().unwrap() {
+        if let Some(append) = effects.append {
+            node.persisted(append.number);
+        }
+        change = effects.committed.iter().find(|entry| is_change(entry)).cloned().or(change);
+    }
+    let change = change.expect("it is committed").index;
+
+    // Before it is applied the state of a leader arrives that has removed 9 again.
+    let mark = Mark { index: 100, term: 5 };
+    assert!(node.step_snapshot(&snapshot(8, 7, mark, vec![7, 8])).unwrap());
+    let install = node.effects().unwrap().unwrap().install.unwrap();
+    node.change_applied(change, true).unwrap();
+    node.applied(change);
+    node.persisted(install.number);
+    node.applied(mark.index);
+    let known: Vec<u64> = node.raw.raft.prs().iter().map(|(id, _)| *id).collect();
+    assert!(known.iter().all(|id| [7, 8].contains(id)), "{known:?}");
+}
+
+#[test]
 fn a_change_takes_effect_when_it_is_applied_and_one_at_a_time() {
     let mut three = Three::new();
     let leader = three.elect();
