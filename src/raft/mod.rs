@@ -489,7 +489,8 @@ impl Node {
 
     fn may_propose(&self) -> Result<(), Refused> {
         let raft = &self.raw.raft;
-        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() {
+        let belongs = raft.prs().get(raft.id).is_some();
+        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() || !belongs {
             return Err(Refused::NotLeader);
         }
         Ok(())
