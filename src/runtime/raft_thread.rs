@@ -211,6 +211,8 @@ pub struct RaftThread {
     unsynced: VecDeque<(u64, Instant)>,
     /// Whether leadership was offered because of a disk that hangs.
     resigns: bool,
+    /// Whether nobody took it, so that the others are to hear nothing of this leader.
+    is_silent: bool,
     /// The image whose message raft is looking at.
     arrived: Option<Arrived>,
 }
@@ -242,6 +244,7 @@ impl RaftThread {
             next_tick,
             unsynced: VecDeque::new(),
             resigns: false,
+            is_silent: false,
             arrived: None,
         }
     }
@@ -347,6 +350,7 @@ impl RaftThread {
         let leads = published.role.borrow().is_leader && !node.is_only_voter();
         if !leads || hangs_for < *election_timeout {
             self.resigns = false;
+            self.is_silent = false;
             return true;
         }
         if !self.resigns {
@@ -356,7 +360,8 @@ impl RaftThread {
                 node.transfer_leader(successor);
             }
         }
-        hangs_for < 2 * *election_timeout
+        self.is_silent = hangs_for >= 2 * *election_timeout;
+        !self.is_silent
     }
 
     fn take(&mut self, input: RaftInput, now: Instant) -> Result<(), RaftFailure> {
@@ -466,6 +471,10 @@ impl RaftThread {
                 self.reads.start_over();
             }
             for message in messages {
+                if self.is_silent {
+                    // Reads and appends would keep the others from electing, as heartbeats do.
+                    continue;
+                }
                 let to = message.to;
                 if !self.parts.outbox.send(message) {
                     self.parts.node.report_unreachable(to);
