@@ -662,3 +662,6 @@ fn context(member: u64, boot: u64, round: u64) -> [u8; 24] {
     }
     context
 }
+
+#[cfg(test)]
+mod tests;
