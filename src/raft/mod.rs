@@ -5,14 +5,15 @@
 //! comes out of [`Node::effects`] as values that the caller carries out:
 //!
 //! ```text
-//!   tick / step / propose / read_index / persisted / applied
+//!   tick / step / propose / read_index / persisted / change_applied / applied / offer_snapshot
 //!                        │
 //!                     ┌──▼───┐  effects()   role      → published
 //!                     │ Node │ ──────────▶  messages  → other members
-//!                     └──────┘              append    → log thread, then persisted(number)
+//!                     └──────┘              wanted    → an image is made, then offer_snapshot(to)
+//!                                           install   → checkpoint thread, then persisted(number)
+//!                                           append    → log thread, then persisted(number)
 //!                                           committed → apply thread, then applied(index)
 //!                                           reads     → whoever waits for that context
-//!                                           snapshot  → checkpoint thread, then persisted(number)
 //! ```
 //!
 //! Invariants:
@@ -23,8 +24,8 @@
 //!   wait for its own disk; what says that something is on this disk, or promises a vote,
 //!   is kept back until it is ([`Node::persisted`]).
 //! * An entry is committed only after a majority has it on disk, also in a cluster of one.
-//! * Entries that are not yet applied stay in [`LogCache`], so raft never reads
-//!   the disk.
+//! * Entries that are not yet applied, and the last ones that are, stay in [`LogCache`], so
+//!   raft never reads the disk. A member that needs older ones is sent a snapshot.
 //! * Raft's configuration is that of the state machine's members. A committed change takes
 //!   effect when the state machine has judged it ([`Node::change_applied`]); there is one
 //!   change at a time, of one member, so that no configuration is ever joint.
