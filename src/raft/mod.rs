@@ -5,14 +5,15 @@
 //! comes out of [`Node::effects`] as values that the caller carries out:
 //!
 //! ```text
-//!   tick / step / propose / read_index / persisted / applied
+//!   tick / step / propose / read_index / persisted / change_applied / applied / offer_snapshot
 //!                        │
 //!                     ┌──▼───┐  effects()   role      → published
 //!                     │ Node │ ──────────▶  messages  → other members
-//!                     └──────┘              append    → log thread, then persisted(number)
+//!                     └──────┘              wanted    → an image is made, then offer_snapshot(to)
+//!                                           install   → checkpoint thread, then persisted(number)
+//!                                           append    → log thread, then persisted(number)
 //!                                           committed → apply thread, then applied(index)
 //!                                           reads     → whoever waits for that context
-//!                                           snapshot  → checkpoint thread, then persisted(number)
 //! ```
 //!
 //! Invariants:
@@ -23,8 +24,8 @@
 //!   wait for its own disk; what says that something is on this disk, or promises a vote,
 //!   is kept back until it is ([`Node::persisted`]).
 //! * An entry is committed only after a majority has it on disk, also in a cluster of one.
-//! * Entries that are not yet applied stay in [`LogCache`], so raft never reads
-//!   the disk.
+//! * Entries that are not yet applied, and the last ones that are, stay in [`LogCache`], so
+//!   raft never reads the disk. A member that needs older ones is sent a snapshot.
 //! * Raft's configuration is that of the state machine's members. A committed change takes
 //!   effect when the state machine has judged it ([`Node::change_applied`]); there is one
 //!   change at a time, of one member, so that no configuration is ever joint.
@@ -343,6 +344,29 @@ impl Node {
     /// [`Malformed::is_fatal`].
     pub fn step(&mut self, bytes: &[u8]) -> Result<(), Malformed> {
         let message = message::decode(bytes)?;
+        if message.get_msg_type() == MessageType::MsgSnapshot {
+            return Err(Malformed::Message("it is of a snapshot, and comes without the image"));
+        }
+        self.see(message)
+    }
+
+    /// Sees the message of a snapshot whose image is there. `false`: it has not, because
+    /// another is being put in force, and raft could not be told what became of both.
+    ///
+    /// # Errors
+    /// As [`Node::step`].
+    pub fn step_snapshot(&mut self, bytes: &[u8]) -> Result<bool, Malformed> {
+        if self.installing.is_some() {
+            return Ok(false);
+        }
+        let message = message::decode(bytes)?;
+        if message.get_msg_type() != MessageType::MsgSnapshot {
+            return Err(Malformed::Message("an image comes with it, and it is of no snapshot"));
+        }
+        self.see(message).map(|()| true)
+    }
+
+    fn see(&mut self, message: raft::eraftpb::Message) -> Result<(), Malformed> {
         message::check(&self.raw, &message)?;
         let leads = self.raw.raft.state == StateRole::Leader;
         if message.get_msg_type() == MessageType::MsgReadIndex && !leads {
@@ -466,7 +490,8 @@ impl Node {
 
     fn may_propose(&self) -> Result<(), Refused> {
         let raft = &self.raw.raft;
-        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() {
+        let belongs = raft.prs().get(raft.id).is_some();
+        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() || !belongs {
             return Err(Refused::NotLeader);
         }
         Ok(())
@@ -618,6 +643,9 @@ impl Node {
         let store = self.raw.mut_store();
         if let (Some(mark), Some(configuration)) = (mark, configuration) {
             store.reset(mark, configuration);
+            // The snapshot's configuration has them in it. Entries that were committed before
+            // may be applied yet, and must not change it once more.
+            self.changes.clear();
         }
         store.append(&entries);
         if let Some(hard_state) = hard_state {

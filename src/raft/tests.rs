@@ -270,7 +270,10 @@ impl Three {
                 quiet = false;
                 let is_cut_off = [from, message.to].iter().any(|id| self.cut_off.contains(id));
                 if let Some(node) = self.nodes.get_mut(&message.to).filter(|_| !is_cut_off) {
-                    node.step(&message.bytes).unwrap();
+                    match message.kind {
+                        Kind::Snapshot(_) => drop(node.step_snapshot(&message.bytes).unwrap()),
+                        _ => node.step(&message.bytes).unwrap(),
+                    }
                 }
             }
             if quiet {
@@ -501,6 +504,65 @@ fn a_member_that_is_far_behind_is_sent_a_snapshot_that_was_offered() {
     }
     let last = three.committed[&behind].last().unwrap();
     assert_eq!(command(last), Some(&Bytes::from_static(b"more")));
+}
+
+/// Raft's message for a snapshot of everything up to `mark`.
+fn snapshot(from: u64, to: u64, mark: Mark, voters: Vec<u64>) -> Vec<u8> {
+    let mut snapshot = raft::eraftpb::Snapshot::default();
+    snapshot.mut_metadata().index = mark.index;
+    snapshot.mut_metadata().term = mark.term;
+    snapshot.mut_metadata().mut_conf_state().voters = voters;
+    let (msg_type, term) = (MessageType::MsgSnapshot, mark.term);
+    let message = raft::eraftpb::Message { msg_type, from, to, term, ..Default::default() };
+    let message = raft::eraftpb::Message { snapshot: Some(snapshot).into(), ..message };
+    message.write_to_bytes().unwrap()
+}
+
+/// Its message would be the last that raft saw of the first one.
+#[test]
+fn while_a_snapshot_is_put_in_force_another_is_not_taken() {
+    let mut three = Three::new();
+    // The others have never had what the snapshots speak of.
+    three.cut_off = vec![1];
+    let first = snapshot(2, 1, Mark { index: 100, term: 5 }, vec![1, 2, 3]);
+    let second = snapshot(2, 1, Mark { index: 200, term: 5 }, vec![1, 2, 3]);
+    assert!(three.node(1).step(&first).is_err(), "it has no image");
+    assert!(three.node(1).step_snapshot(&first).unwrap());
+    three.settle();
+    assert!(!three.node(1).step_snapshot(&second).unwrap());
+    let (_, install) = three.installs.pop().unwrap();
+    three.node(1).persisted(install.number);
+    three.node(1).applied(100);
+    three.settle();
+    assert!(three.node(1).step_snapshot(&second).unwrap());
+    three.settle();
+    assert_eq!(three.installs.pop().unwrap().1.mark.index, 200);
+}
+
+#[test]
+fn a_change_from_before_a_snapshot_does_not_change_the_snapshots_configuration() {
+    let mut node = lone(HardState::default(), Mark::default(), vec![], 0);
+    lead(&mut node);
+    node.propose_change(Change::Listen(9), Bytes::from_static(b"hello")).unwrap();
+    let mut change = None;
+    while let Some(effects) = node.effects().unwrap() {
+        if let Some(append) = effects.append {
+            node.persisted(append.number);
+        }
+        change = effects.committed.iter().find(|entry| is_change(entry)).cloned().or(change);
+    }
+    let change = change.expect("it is committed").index;
+
+    // Before it is applied the state of a leader arrives that has removed 9 again.
+    let mark = Mark { index: 100, term: 5 };
+    assert!(node.step_snapshot(&snapshot(8, 7, mark, vec![7, 8])).unwrap());
+    let install = node.effects().unwrap().unwrap().install.unwrap();
+    node.change_applied(change, true).unwrap();
+    node.applied(change);
+    node.persisted(install.number);
+    node.applied(mark.index);
+    let known: Vec<u64> = node.raw.raft.prs().iter().map(|(id, _)| *id).collect();
+    assert!(known.iter().all(|id| [7, 8].contains(id)), "{known:?}");
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! told, and proposes it again; when nobody knows, its proposer waits: the command is
 //! applied, or a later term overtakes it ([`Waiters`]).
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,37 +64,33 @@ impl Sending {
     /// Runs until the forwarder is gone.
     pub async fn run(mut self) {
         let (mut to, mut calls) = ((0, 0), Arc::new(Semaphore::new(CALLS_MAX)));
-        let mut next = None;
+        let mut waiting = VecDeque::new();
         loop {
-            let first = match next.take() {
-                Some(parcel) => parcel,
-                None => match self.queue.recv().await {
-                    Some(parcel) => parcel,
-                    None => return,
-                },
-            };
-            let (leader, term) = (first.leader, first.term);
-            if to != (leader, term) {
-                // Calls to a leader that is gone do not hold up those to the next.
-                (to, calls) = ((leader, term), Arc::new(Semaphore::new(CALLS_MAX)));
-            }
-            let Ok(permit) = Arc::clone(&calls).acquire_owned().await else { return };
-            let mut bytes = first.proposal.command.len();
-            let mut batch = vec![first.proposal];
-            while batch.len() < BATCH_COMMANDS && bytes < BATCH_BYTES {
-                match self.queue.try_recv() {
-                    Ok(parcel) if (parcel.leader, parcel.term) == to => {
-                        bytes += parcel.proposal.command.len();
-                        batch.push(parcel.proposal);
+            // While all calls are under way it goes on listening: there may be another leader.
+            let may_listen = waiting.len() < BATCH_COMMANDS || calls.available_permits() == 0;
+            tokio::select! {
+                biased;
+                parcel = self.queue.recv(), if may_listen => {
+                    let Some(Parcel { leader, term, proposal }) = parcel else { return };
+                    if term < to.1 {
+                        self.waiters.refuse(proposal.sequence, Refused::NotLeader);
+                        continue;
                     }
-                    Ok(other) => {
-                        next = Some(other);
-                        break;
+                    if to != (leader, term) {
+                        // Calls to a leader that is gone do not hold up those to the next, and
+                        // what has yet to be sent there may go elsewhere.
+                        for Proposal { sequence, .. } in waiting.drain(..) {
+                            self.waiters.refuse(sequence, Refused::NotLeader);
+                        }
+                        (to, calls) = ((leader, term), Arc::new(Semaphore::new(CALLS_MAX)));
                     }
-                    Err(_) => break,
+                    waiting.push_back(proposal);
                 }
+                Ok(permit) = Arc::clone(&calls).acquire_owned(), if !waiting.is_empty() => {
+                    self.send(to.0, to.1, next_batch(&mut waiting), permit);
+                }
+                else => return,
             }
-            self.send(leader, term, batch, permit);
         }
     }
 
@@ -132,6 +129,18 @@ impl Sending {
             }
         });
     }
+}
+
+/// What goes into the next call.
+fn next_batch(waiting: &mut VecDeque<Proposal>) -> Vec<Proposal> {
+    let mut batch = Vec::new();
+    let mut bytes = 0;
+    while batch.len() < BATCH_COMMANDS && bytes < BATCH_BYTES {
+        let Some(proposal) = waiting.pop_front() else { break };
+        bytes += proposal.command.len();
+        batch.push(proposal);
+    }
+    batch
 }
 
 /// What the leader's refusal means.

@@ -17,7 +17,7 @@
 //!
 //! **Resuming.** The image is a function of the state at the source's revision. A source that
 //! must go back begins again, and makes the same bytes once more up to where the receiver is:
-//! that costs time, a second per gigabyte or so, and no memory. [`Outgoing`] keeps a source whose
+//! that costs time, a second per gigabyte or so, and no memory. [`Images`] keeps a source whose
 //! transfer was interrupted for [`RESUME_MAX`], after which its pin is given up and the next
 //! attempt is a snapshot of its own.
 
@@ -181,7 +181,7 @@ impl Image for Source {
 }
 
 /// Makes sources, and keeps those whose transfer was interrupted: one for each member at most.
-pub struct Outgoing {
+pub struct Images {
     state: Arc<RwLock<StateMachine>>,
     pins: Arc<Pins>,
     kept: Mutex<BTreeMap<u64, Kept>>,
@@ -192,10 +192,10 @@ struct Kept {
     since: Instant,
 }
 
-impl Outgoing {
+impl Images {
     /// Sources of this state.
-    pub fn new(state: Arc<RwLock<StateMachine>>, pins: Arc<Pins>) -> Outgoing {
-        Outgoing { state, pins, kept: Mutex::default() }
+    pub fn new(state: Arc<RwLock<StateMachine>>, pins: Arc<Pins>) -> Images {
+        Images { state, pins, kept: Mutex::default() }
     }
 
     /// The source for a member: the one whose transfer to it was interrupted, if that may
@@ -225,11 +225,6 @@ impl Outgoing {
             tokio::time::sleep(RESUME_MAX).await;
             outgoing.forget_old();
         });
-    }
-
-    /// Gives up all sources: this member leads no more.
-    pub fn forget_all(&self) {
-        self.kept.lock().clear();
     }
 
     fn forget_old(&self) {

@@ -5,12 +5,17 @@
 //!        propose, │ read_barrier            read (shared lock)         │ watch
 //!                 ▼                              ▼                     ▼
 //!   raft thread ──▶ log thread             StateMachine ◀─┐        watch hub
-//!        │              │ fsync                           │ writes     ▲
-//!        │◀─────────────┘                                 │            │ feed
-//!        └──committed──────────────────────────────▶ apply thread ─────┘
-//!                                                         │ cut
-//!                                                  checkpoint thread ──▶ store
+//!     ▲  │              │ fsync                           │ writes     ▲
+//!     │  │◀─────────────┘                                 │            │ feed
+//!     │  └──committed──────────────────────────────▶ apply thread ─────┘
+//!     │                                                   │ cut
+//!     │                                            checkpoint thread ──▶ store
+//!     ▼
+//!   outbox, forwarder ──▶ other members
 //! ```
+//!
+//! An image from another member goes from the raft thread to the checkpoint thread, and from
+//! there to the apply thread and the log thread: see [`checkpoint_thread`]'s `install`.
 //!
 //! Every mutable thing has one owner: the node is the raft thread's, the log the log
 //! thread's, the state the apply thread's (others read it under a shared lock), the

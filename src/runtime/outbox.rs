@@ -15,7 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::image::{Outgoing as Images, RESUME_MAX, Source};
+use super::image::{Images, RESUME_MAX, Source};
 use super::raft_thread::{Outbox, RaftInput};
 use crate::log::Mark;
 use crate::net::snapshot::{self, Image as _};

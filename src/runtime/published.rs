@@ -14,7 +14,8 @@ use crate::raft::{Progress, Role};
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
 /// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`,
-/// `applied_term`, `removed_below`, `size_bytes`, `learner`) or by the checkpoint's (`checkpoint_bytes`).
+/// `applied_term`, `members`, `removed_below`, `size_bytes`, `learner`) or by the checkpoint's
+/// (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
     /// Who leads, as far as this member knows.

@@ -211,6 +211,8 @@ pub struct RaftThread {
     unsynced: VecDeque<(u64, Instant)>,
     /// Whether leadership was offered because of a disk that hangs.
     resigns: bool,
+    /// Whether nobody took it, so that the others are to hear nothing of this leader.
+    is_silent: bool,
     /// The image whose message raft is looking at.
     arrived: Option<Arrived>,
 }
@@ -242,6 +244,7 @@ impl RaftThread {
             next_tick,
             unsynced: VecDeque::new(),
             resigns: false,
+            is_silent: false,
             arrived: None,
         }
     }
@@ -353,6 +356,7 @@ impl RaftThread {
         let leads = published.role.borrow().is_leader && !node.is_only_voter();
         if !leads || hangs_for < *election_timeout {
             self.resigns = false;
+            self.is_silent = false;
             return true;
         }
         if !self.resigns {
@@ -362,7 +366,8 @@ impl RaftThread {
                 node.transfer_leader(successor);
             }
         }
-        hangs_for < 2 * *election_timeout
+        self.is_silent = hangs_for >= 2 * *election_timeout;
+        !self.is_silent
     }
 
     fn take(&mut self, input: RaftInput, now: Instant) -> Result<(), RaftFailure> {
@@ -428,14 +433,8 @@ impl RaftThread {
     }
 
     fn step(&mut self, bytes: &[u8]) -> Result<(), RaftFailure> {
-        match self.parts.node.step(bytes) {
-            Err(malformed) if malformed.is_fatal() => Err(malformed.into()),
-            Err(malformed) => {
-                tracing::warn!(%malformed, "passed over a message of another member");
-                Ok(())
-            }
-            Ok(()) => Ok(()),
-        }
+        let seen = self.parts.node.step(bytes);
+        pass_over(seen, ())
     }
 
     /// Raft decides at once whether it goes on from the image, which then waits for nothing
@@ -447,8 +446,12 @@ impl RaftThread {
             return Ok(());
         }
         let message = arrived.begin.message.clone();
+        let seen = self.parts.node.step_snapshot(&message);
+        if !pass_over(seen, false)? {
+            // Dropped with what its sender waits for: that one tries again.
+            return Ok(());
+        }
         self.arrived = Some(arrived);
-        self.step(&message)?;
         self.carry_out(now)?;
         if let Some(unused) = self.arrived.take() {
             // This member is ahead of it. The sender may have gone.
@@ -479,6 +482,10 @@ impl RaftThread {
                 self.reads.start_over();
             }
             for message in messages {
+                if self.is_silent {
+                    // Reads and appends would keep the others from electing, as heartbeats do.
+                    continue;
+                }
                 let to = message.to;
                 if !self.parts.outbox.send(message) {
                     self.parts.node.report_unreachable(to);
@@ -552,6 +559,18 @@ impl RaftThread {
                 tracing::info!(member, term = role.term, leader, "follows a leader");
             }
         }
+    }
+}
+
+/// What raft refuses to see is passed over, unless this member cannot go on after it.
+fn pass_over<T>(seen: Result<T, Malformed>, instead: T) -> Result<T, RaftFailure> {
+    match seen {
+        Err(malformed) if malformed.is_fatal() => Err(malformed.into()),
+        Err(malformed) => {
+            tracing::warn!(%malformed, "passed over a message of another member");
+            Ok(instead)
+        }
+        Ok(seen) => Ok(seen),
     }
 }
 
@@ -654,3 +673,6 @@ fn context(member: u64, boot: u64, round: u64) -> [u8; 24] {
     }
     context
 }
+
+#[cfg(test)]
+mod tests;

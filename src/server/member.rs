@@ -34,7 +34,7 @@ use crate::runtime::forwarder::forwarder;
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
-use crate::runtime::image::Outgoing as Images;
+use crate::runtime::image::Images;
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
 use crate::runtime::outbox::PeerOutbox;

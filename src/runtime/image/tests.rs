@@ -195,7 +195,7 @@ fn a_source_ends_when_its_state_is_replaced_by_one_without_its_revision() {
 async fn an_interrupted_source_is_kept_for_a_while() {
     let state = state_with_everything();
     let pins: Arc<Pins> = Arc::default();
-    let outgoing = Arc::new(Outgoing::new(Arc::clone(&state), Arc::clone(&pins)));
+    let outgoing = Arc::new(Images::new(Arc::clone(&state), Arc::clone(&pins)));
     let index = state.read().applied().index;
     let source = outgoing.source(3, 0).expect("random numbers");
     let id = source.id();
