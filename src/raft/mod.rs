@@ -546,11 +546,6 @@ impl Node {
         self.raw.report_snapshot(to, status);
     }
 
-    /// Whether a snapshot is being put in force.
-    pub fn is_installing(&self) -> bool {
-        self.installing.is_some()
-    }
-
     /// The state machine has applied, or refused, the change of the configuration at
     /// `index`. To be told before [`Node::applied`] of that index.
     ///

@@ -158,14 +158,18 @@ impl LeaseClock {
     pub async fn keep_alive(&self, id: i64, proposer: &Proposer) -> Result<i64, Error> {
         let mut waiting = None;
         loop {
-            proposer.confirm_leadership().await?;
             let (renewal, complete) = {
                 let mut deadlines = self.deadlines.lock();
                 (deadlines.expiry.renew(id, self.now()), deadlines.complete)
             };
             match renewal {
-                Renewal::Renewed { ttl_secs } => return Ok(ttl_secs),
-                Renewal::NotFound if complete => return Ok(0),
+                // Only now: between a confirmation and the answer it might fall asleep.
+                Renewal::Renewed { ttl_secs } => {
+                    return proposer.confirm_leadership().await.map(|()| ttl_secs);
+                }
+                Renewal::NotFound if complete => {
+                    return proposer.confirm_leadership().await.map(|()| 0);
+                }
                 Renewal::NotFound | Renewal::NotPrimary | Renewal::Expired => match &mut waiting {
                     // Most keepalives need not wait; one that does looks once more first,
                     // so that it misses nothing.

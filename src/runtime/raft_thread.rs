@@ -442,9 +442,6 @@ impl RaftThread {
     /// the decision would come too late for that, so its sender is to try again (etcd #18055
     /// was two in a short time).
     fn receive_snapshot(&mut self, arrived: Arrived, now: Instant) -> Result<(), RaftFailure> {
-        if self.parts.node.is_installing() {
-            return Ok(());
-        }
         let message = arrived.begin.message.clone();
         let seen = self.parts.node.step_snapshot(&message);
         if !pass_over(seen, false)? {
@@ -462,6 +459,7 @@ impl RaftThread {
 
     fn install(&mut self, install: raft::Install) {
         let raft::Install { mark, number, hard_state } = install;
+        self.parts.published.set_committed(mark.index);
         // Raft restores what it was just shown, and nothing else.
         if let Some(Arrived { spool, done, .. }) = self.arrived.take() {
             let install = Install { spool, mark, hard_state, number, done };

@@ -73,19 +73,13 @@ impl Receiver for PeerFace {
         let mut proposals = Vec::with_capacity(request.proposals.len());
         for proposal in request.proposals {
             let sequence = proposal.sequence;
-            let change = if proposal.is_member_change {
-                // A command that is none would stop every member that applies it.
-                let command = Command::decode(proposal.command.clone()).ok();
-                match command.and_then(|command| change_of(command.request.as_ref()?)) {
-                    Some(change) => Some(change),
-                    None => {
-                        refusals.push(refused(sequence, Refused::NotLeader));
-                        continue;
-                    }
-                }
-            } else {
-                None
+            // One that is no command would stop every member that applies it; and what it
+            // changes is what it says, not what is said of it.
+            let Ok(command) = Command::decode(proposal.command.clone()) else {
+                refusals.push(refused(sequence, Refused::NotLeader));
+                continue;
             };
+            let change = command.request.as_ref().and_then(change_of);
             proposals.push(Proposal { command: proposal.command, change, sequence });
         }
         let (sender, answer) = oneshot::channel();

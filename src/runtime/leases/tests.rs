@@ -127,8 +127,8 @@ async fn a_keepalive_that_waits_is_told_that_this_member_leads_no_more_or_stops(
     let asked = rig.keep_alive(OVERDUE).await;
     rig.published.role.send_replace(FOLLOWER);
     rig.clock.demote();
-    assert_eq!(asked.await.unwrap(), Err(Error::NotLeader));
-    assert_eq!(rig.keep_alive(LONG).await.await.unwrap(), Err(Error::NotLeader));
+    assert_eq!(asked.await.unwrap(), Err(Error::NoLeader));
+    assert_eq!(rig.keep_alive(LONG).await.await.unwrap(), Err(Error::NoLeader));
 
     rig.published.role.send_replace(LEADER);
     rig.take_over();
