@@ -15,7 +15,7 @@
 //! server cannot survive ends that server, and [`Server::wait_for_failure`] says why.
 //!
 //! Shutting down goes front to back: leadership is handed over; no new connections, streams end,
-//! calls under way get a moment; then raft, the log (synced), the apply and the checkpoint threads.
+//! calls under way get a moment, in which peers are still heard; then raft, the log (synced), the apply and the checkpoint threads.
 
 #[cfg(test)]
 mod corruption_tests;
@@ -28,6 +28,7 @@ mod stop;
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use self::face::PeerFace;
@@ -105,6 +106,9 @@ pub struct Server {
     fault: Fault,
     stop: Stop,
     listeners: Vec<JoinHandle<()>>,
+    /// Ends what peers are served: later than what clients are, whose calls need it.
+    peers_stop: watch::Sender<bool>,
+    peer_listeners: Vec<JoinHandle<()>>,
 }
 
 impl Server {
@@ -137,18 +141,19 @@ impl Server {
                 return Err(error);
             }
         };
-        let mut listeners = Vec::new();
-        let router = peer_router(&engine, Arc::clone(&member.face));
+        let peers_stop = watch::Sender::new(false);
+        let mut peer_listeners = Vec::new();
+        let router = peer_router(&engine, Arc::clone(&member.face), peers_stop.subscribe());
         for listener in peers {
             let url = listener.local_url().to_string();
             tracing::info!(url, "serving peer traffic");
-            let stopped = member.stop.stopped();
-            listeners.push(listener::serve(
-                listener,
-                router.clone(),
-                peer_serve_options(),
-                stopped,
-            ));
+            let mut stop = peers_stop.subscribe();
+            let stopped = async move {
+                // A sender that is gone has stopped, too.
+                let _ = stop.wait_for(|stop| *stop).await;
+            };
+            let (router, options) = (router.clone(), peer_serve_options());
+            peer_listeners.push(listener::serve(listener, router, options, stopped));
         }
         let ready = member.ready(&config, advertised(&config, &bound)).await;
         let routers = match ready.and_then(|()| Routers::new(&engine, &config)) {
@@ -165,6 +170,7 @@ impl Server {
             bound.clients.iter().map(|listener| listener.local_url().clone()).collect();
         let metrics_urls: Vec<_> =
             bound.metrics.iter().map(|listener| listener.local_url().clone()).collect();
+        let mut listeners = Vec::new();
         for (bound, router) in
             [(bound.clients, on_client_port), (bound.http_only, http), (bound.metrics, monitoring)]
         {
@@ -177,7 +183,17 @@ impl Server {
         }
         tracing::info!(took = ?began.elapsed(), "ready to serve client requests");
         let Member { fault, stop, .. } = member;
-        Ok(Server { engine, client_urls, metrics_urls, router: all, fault, stop, listeners })
+        Ok(Server {
+            engine,
+            client_urls,
+            metrics_urls,
+            router: all,
+            fault,
+            stop,
+            listeners,
+            peers_stop,
+            peer_listeners,
+        })
     }
 
     /// The handle that speaks etcd's messages, for calls that need no socket.
@@ -238,6 +254,11 @@ impl Server {
             // A listener's task that panicked serves nobody any more.
             let _ = listener.await;
         }
+        // Calls of clients that were under way needed the other members until now.
+        self.peers_stop.send_replace(true);
+        for listener in self.peer_listeners.drain(..) {
+            let _ = listener.await;
+        }
         self.stop.finish().await;
         match self.fault.get() {
             Some(fatal) => Err(fatal),
@@ -247,14 +268,18 @@ impl Server {
 }
 
 /// What peers are served.
-fn peer_router(engine: &Engine, face: Arc<PeerFace>) -> axum::Router {
+fn peer_router(
+    engine: &Engine,
+    face: Arc<PeerFace>,
+    stopping: watch::Receiver<bool>,
+) -> axum::Router {
     let versions = {
         let engine = engine.clone();
         move || HealthSource::versions(&engine)
     };
     let max_message_bytes = max_peer_message_bytes(engine.limits());
     let metrics = Arc::clone(engine.metrics());
-    api::peer::peer_router(face, metrics, versions, max_message_bytes, engine.stopping())
+    api::peer::peer_router(face, metrics, versions, max_message_bytes, stopping)
 }
 
 /// What is served where.
