@@ -11,7 +11,7 @@
 //! copied: the head, the members, and of each lease its three numbers (24 bytes: a million
 //! leases are 24 MB and some ten milliseconds; in steps it could not be done, for a lease that
 //! is revoked in between would be missing while its keys are there). The records follow in
-//! steps, as handles, [`VERSIONS_PER_STEP`] at most and not many more bytes than make a frame. So
+//! steps, as handles, `VERSIONS_PER_STEP` at most and not many more bytes than make a frame. So
 //! a source holds less than a megabyte besides the leases, however large the state is.
 //! It pins its revision: compaction goes on, and what the source has yet to read is spared.
 //!

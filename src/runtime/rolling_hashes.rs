@@ -1,9 +1,9 @@
 //! The rolling hashes of the last applied entries, to be compared with other members'.
 //!
 //! Members apply at their own pace, and can only be compared at the same index. So each
-//! remembers every one of the last [`RECENT_MAX`] indexes, which lets members be compared that
-//! are a moment apart, and, for those further apart, the last [`MILESTONES_MAX`] multiples of
-//! [`MILESTONE_EVERY`].
+//! remembers every one of the last `RECENT_MAX` indexes, which lets members be compared that
+//! are a moment apart, and, for those further apart, the last `MILESTONES_MAX` multiples of
+//! `MILESTONE_EVERY`.
 
 use std::collections::VecDeque;
 

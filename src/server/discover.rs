@@ -13,7 +13,7 @@
 //! nobody.
 //!
 //! The others' ports refuse while they are not there, which takes no time. A port that
-//! accepts and does not answer costs [`NEW_TIMEOUT`]. So a member asks *before* it binds
+//! accepts and does not answer costs `NEW_TIMEOUT`. So a member asks *before* it binds
 //! its own peer listeners: else all members of a new cluster, started at once, would wait
 //! for each other's answers.
 
@@ -53,7 +53,7 @@ pub struct NobodyAnswered(
 );
 
 /// Asks for a member of a new cluster. `None` when nobody answers, which is usual. Takes
-/// [`NEW_TIMEOUT`] at most. Dropping the future ends the calls.
+/// `NEW_TIMEOUT` at most. Dropping the future ends the calls.
 pub async fn when_new<E: Error>(
     peer_urls: &[String],
     connect: &Connect<E>,
@@ -70,7 +70,7 @@ pub async fn when_new<E: Error>(
 /// Asks for a member that joins, until somebody answers. Dropping the future ends the calls.
 ///
 /// # Errors
-/// Nobody did, for [`ATTEMPTS_FOR`] and one attempt.
+/// Nobody did, for `ATTEMPTS_FOR` and one attempt.
 pub async fn when_joining<E: Error>(
     peer_urls: &[String],
     connect: &Connect<E>,
