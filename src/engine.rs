@@ -28,6 +28,7 @@ mod divergence;
 mod leader;
 mod members;
 mod range;
+mod vote;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -415,6 +416,13 @@ impl Engine {
     /// The rolling hash of everything applied up to an index, if it is remembered.
     pub(crate) fn rolling_hash(&self, index: u64) -> Option<u64> {
         self.parts.rolling_hashes.get(index)
+    }
+
+    /// The ids of all members but this one.
+    fn other_members(&self) -> Vec<u64> {
+        let this = self.parts.member_id;
+        let members = self.member_records().into_iter().map(|member| member.id);
+        members.filter(|id| *id != this).collect()
     }
 
     /// Whether a member of this id was removed.

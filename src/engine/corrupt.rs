@@ -16,13 +16,14 @@
 //! Hashes compare only between equal compact revisions. A member that does not answer is not
 //! taken for one that agrees: it is left out, and the log says so.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use super::Engine;
+use super::vote::{Vote, vote};
 use crate::error::Error;
 use crate::net::refusal;
 use crate::pb::etcdserverpb::{HashKvRequest, HashKvResponse};
@@ -46,32 +47,6 @@ pub enum Inconsistent {
 struct PeerHash {
     id: u64,
     answer: Result<HashKvResponse, Option<Error>>,
-}
-
-/// Who is wrong, by hashes of the same compaction.
-#[derive(Debug, PartialEq, Eq)]
-enum Vote {
-    /// All that answered have the same.
-    Equal,
-    /// These have another one than a majority.
-    Named(Vec<u64>),
-    /// No majority has the same.
-    Nobody,
-}
-
-fn vote(members: usize, hashes: &[(u64, u32)]) -> Vote {
-    let mut groups: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
-    for (id, hash) in hashes {
-        groups.entry(*hash).or_default().push(*id);
-    }
-    if groups.len() <= 1 {
-        return Vote::Equal;
-    }
-    let quorum = members / 2 + 1;
-    if !groups.values().any(|group| group.len() >= quorum) {
-        return Vote::Nobody;
-    }
-    Vote::Named(groups.into_values().filter(|group| group.len() < quorum).flatten().collect())
 }
 
 /// What the leader finds wrong with a follower, if anything, besides its hash; `after` is its own
@@ -274,22 +249,15 @@ impl Engine {
 
     /// What all other members say of a revision.
     async fn hashes_of_peers(&self, revision: i64) -> Vec<PeerHash> {
-        let members = self.parts.state.read().members().records();
         let mut calls = JoinSet::new();
-        for id in members.into_iter().map(|member| member.id) {
-            if id == self.parts.member_id {
-                continue;
-            }
+        for id in self.other_members() {
             let client = self.parts.peers.client(id);
             let patience = self.request_timeout();
             calls.spawn(async move {
                 let Some(mut client) = client else { return PeerHash { id, answer: Err(None) } };
                 let call = client.hash_kv(HashKvRequest { revision });
-                let answer = match timeout(patience, call).await {
-                    Ok(Ok(answer)) => Ok(answer.into_inner()),
-                    Ok(Err(status)) => Err(refusal::error(&status)),
-                    Err(_) => Err(Some(Error::Timeout)),
-                };
+                let answer = timeout(patience, call).await;
+                let answer = answer.map_or(Err(Some(Error::Timeout)), refusal::answered);
                 PeerHash { id, answer }
             });
         }
@@ -315,15 +283,5 @@ mod tests {
         assert_eq!(reason(hash(12, 6, 9)), "");
         assert!(reason(hash(13, 4, 7)).starts_with("revision from follower"));
         assert!(reason(hash(12, 7, 7)).starts_with("compact revision from follower"));
-    }
-
-    #[test]
-    fn compactions_are_judged_by_a_majority_of_all_members() {
-        assert_eq!(vote(3, &[(1, 7), (2, 7)]), Vote::Equal);
-        assert_eq!(vote(3, &[(1, 7), (2, 7), (3, 8)]), Vote::Named(vec![3]));
-        assert_eq!(vote(3, &[(1, 8), (2, 7), (3, 7)]), Vote::Named(vec![1]));
-        assert_eq!(vote(3, &[(1, 7), (3, 8)]), Vote::Nobody);
-        assert_eq!(vote(2, &[(1, 7), (2, 8)]), Vote::Nobody);
-        assert_eq!(vote(4, &[(1, 7), (2, 7), (3, 8), (4, 8)]), Vote::Nobody);
     }
 }

@@ -28,6 +28,7 @@ use tokio::task::JoinSet;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::Engine;
+use super::vote::{Vote, vote};
 use crate::pb::etcdserverpb::{AlarmMember, AlarmRequest, AlarmType, alarm_request::AlarmAction};
 use crate::pb::kvorumpb::RollingHashesRequest;
 use crate::runtime::rolling_hashes::At;
@@ -71,29 +72,25 @@ fn judge(
     agreed: &AgreedUpTo,
     answers: &BTreeMap<u64, Answer>,
 ) -> Verdict {
-    let quorum = others.len().saturating_add(1) / 2 + 1;
+    let members = others.len().saturating_add(1);
     let mut verdict = Verdict::Agreed;
     for At { index, hash } in own {
-        let mut groups = BTreeMap::from([(*hash, vec![this])]);
-        let mut heard = 1;
+        let mut hashes = vec![(this, *hash)];
         for other in others {
             let answered = answers.get(other).and_then(|answer| answer.get(index)).copied();
             let before = agreed.get(other).filter(|upto| *upto >= index).map(|_| *hash);
             if let Some(theirs) = answered.or(before) {
-                groups.entry(theirs).or_default().push(*other);
-                heard += 1;
+                hashes.push((*other, theirs));
             }
         }
-        if groups.len() == 1 {
-            continue;
-        }
-        if groups.values().any(|group| group.len() >= quorum) {
-            let wrong = groups.into_values().filter(|group| group.len() < quorum);
-            return Verdict::Diverged { index: *index, members: wrong.flatten().collect() };
-        }
-        let all = heard > others.len();
-        if all || verdict == Verdict::Agreed {
-            verdict = Verdict::Undecided { index: *index, all };
+        let all = hashes.len() == members;
+        match vote(members, &hashes) {
+            Vote::Equal => {}
+            Vote::Named(members) => return Verdict::Diverged { index: *index, members },
+            Vote::Nobody if all || verdict == Verdict::Agreed => {
+                verdict = Verdict::Undecided { index: *index, all };
+            }
+            Vote::Nobody => {}
         }
     }
     verdict
@@ -178,11 +175,7 @@ impl Engine {
             rounds.samples.push_back(newest);
         }
         let this = self.parts.member_id;
-        let others: Vec<u64> = {
-            let state = self.parts.state.read();
-            let ids = state.members().records().into_iter().map(|member| member.id);
-            ids.filter(|id| *id != this).collect()
-        };
+        let others = self.other_members();
         rounds.agreed.retain(|id, _| others.contains(id));
         let all_agree_upto = others
             .iter()

@@ -102,7 +102,7 @@ impl View<'_> {
 }
 
 /// How many of this many voters decide.
-fn quorum(voters: usize) -> usize {
+pub fn quorum(voters: usize) -> usize {
     voters / 2 + 1
 }
 
