@@ -232,11 +232,8 @@ pub struct Proposal {
     /// An encoded Command.
     #[prost(bytes = "bytes", tag = "1")]
     pub command: ::prost::bytes::Bytes,
-    /// The command changes the configuration.
-    #[prost(bool, tag = "2")]
-    pub is_member_change: bool,
     /// Its header's sequence, by which a refusal names it.
-    #[prost(uint64, tag = "3")]
+    #[prost(uint64, tag = "2")]
     pub sequence: u64,
 }
 /// Commands that are not named here are in the leader's log, and may come to be committed.

@@ -107,7 +107,6 @@ impl Sending {
         };
         let proposals = batch.into_iter().map(|proposal| kvorumpb::Proposal {
             command: proposal.command,
-            is_member_change: proposal.change.is_some(),
             sequence: proposal.sequence,
         });
         let request = ProposeRequest { term, proposals: proposals.collect() };
