@@ -38,7 +38,7 @@ use self::judge::Counts;
 use self::world::World;
 use crate::mvcc::watch::PROGRESS_AT_ONCE;
 use crate::runtime::leases::EXPIRES_UNASKED;
-use crate::runtime::raft_thread::REUSES_CONTEXTS;
+use crate::runtime::raft_thread::reads::REUSES_CONTEXTS;
 use crate::runtime::records::HEAD_APART;
 use crate::state::TRUSTS_STALE_LEADERS;
 

@@ -206,8 +206,6 @@ pub struct Node {
     released: Vec<Outgoing>,
     /// The snapshot that is being put in force.
     installing: Option<u64>,
-    /// What was applied meanwhile; raft would not believe it before the image is in force.
-    applied_meanwhile: u64,
     /// Committed changes that the state machine has yet to judge, by index.
     changes: BTreeMap<u64, ConfChangeV2>,
     patience: Patience,
@@ -311,7 +309,6 @@ impl Node {
             held: VecDeque::new(),
             released: Vec::new(),
             installing: None,
-            applied_meanwhile: 0,
             changes: BTreeMap::new(),
             patience: Patience { seed: mix(seed ^ id), round: 0, election_ticks },
             #[cfg(test)]
@@ -426,9 +423,15 @@ impl Node {
         self.raw.transfer_leader(to);
     }
 
-    /// The voter that could take over soonest: the one heard of lately that has most of the
-    /// log. `None` when this node does not lead or there is none.
-    pub fn successor(&self) -> Option<u64> {
+    /// Hands leadership to the voter that could take over soonest: the one heard of lately
+    /// that has most of the log. `false` when this node does not lead or there is none.
+    pub fn resign(&mut self) -> bool {
+        let Some(successor) = self.successor() else { return false };
+        self.transfer_leader(successor);
+        true
+    }
+
+    fn successor(&self) -> Option<u64> {
         let voters = self.raw.raft.prs().conf().voters();
         let others = self.progress().into_iter().filter(|progress| {
             progress.is_active && progress.id != self.raw.raft.id && voters.contains(progress.id)
@@ -477,11 +480,8 @@ impl Node {
         if self.raw.raft.has_pending_conf() {
             return Err(Refused::Busy);
         }
-        if change == Change::Remove(self.raw.raft.id)
-            && let Some(successor) = self.successor()
-        {
-            // A leader that is removed would lead on without being heard.
-            self.transfer_leader(successor);
+        // A leader that is removed would lead on without being heard.
+        if change == Change::Remove(self.raw.raft.id) && self.resign() {
             return Err(Refused::NotLeader);
         }
         let change = change.to_raft();
@@ -522,11 +522,6 @@ impl Node {
             self.installing = None;
         }
         self.raw.on_persist_ready(number);
-        let meanwhile = std::mem::take(&mut self.applied_meanwhile);
-        if meanwhile != 0 {
-            // Kept once more while the installation goes on.
-            self.applied(meanwhile);
-        }
         while self.held.front().is_some_and(|(held, _)| *held <= number) {
             self.released.extend(self.held.pop_front().into_iter().flat_map(|(_, held)| held));
         }
@@ -564,7 +559,8 @@ impl Node {
     /// that a member will need which is being sent a snapshot.
     pub fn applied(&mut self, index: u64) {
         if self.installing.is_some() {
-            self.applied_meanwhile = index;
+            // Raft would not believe it before the image is in force, and what the image
+            // holds is told then.
             return;
         }
         self.raw.advance_apply_to(index);
