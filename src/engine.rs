@@ -427,7 +427,7 @@ impl Engine {
 
     /// Whether a member of this id was removed.
     pub(crate) fn is_removed(&self, id: u64) -> bool {
-        self.parts.state.read().members().is_removed(id)
+        self.parts.published.is_removed(id)
     }
 
     /// Tells the cluster this member's name and where its clients reach it.

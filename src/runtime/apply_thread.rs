@@ -285,8 +285,7 @@ impl ApplyThread {
         self.leases.take_note(&effects.leases, state.lessor());
         self.published.set_size(state.store().size_in_use_bytes());
         if effects.members_changed {
-            self.published.set_learner(state.is_learner());
-            self.published.members.send_modify(|changes| *changes += 1);
+            self.published.set_members(&state);
         }
         for hash in std::mem::take(&mut effects.compactions) {
             // Pinned before anything it reads can be removed.

@@ -3,18 +3,20 @@
 //! Plain numbers that anyone may read at any time, and watches for those who wait: the
 //! role (is there a leader?), the applied index, and the end of it all.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use std::time::Instant;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use crate::raft::{Progress, Role};
+use crate::state::StateMachine;
 
 /// See the module documentation. Each is written by one thread: by raft's (`role`,
 /// `committed`, `lone_leader`, `confirmed`, `progress`, `stopped`), by apply's (`applied`,
-/// `applied_term`, `members`, `removed_below`, `size_bytes`, `learner`) or by the checkpoint's
+/// `applied_term`, `members`, `removed_below`, `size_bytes`, `learner`,
+/// `removed`) or by the checkpoint's
 /// (`checkpoint_bytes`).
 #[derive(Debug)]
 pub struct Published {
@@ -35,6 +37,7 @@ pub struct Published {
     confirmed: Mutex<Option<Instant>>,
     progress: Mutex<Vec<Progress>>,
     learner: AtomicBool,
+    removed: RwLock<BTreeSet<u64>>,
     size_bytes: AtomicU64,
     checkpoint_bytes: AtomicU64,
 }
@@ -54,6 +57,7 @@ impl Published {
             confirmed: Mutex::default(),
             progress: Mutex::default(),
             learner: AtomicBool::new(false),
+            removed: RwLock::default(),
             size_bytes: AtomicU64::new(0),
             checkpoint_bytes: AtomicU64::new(0),
         }
@@ -94,9 +98,17 @@ impl Published {
         self.learner.load(Ordering::Relaxed)
     }
 
+    /// Whether a member of this id was removed, as of the newest applied entry. Asked for
+    /// whatever a peer says, so it does not wait for the state's lock.
+    pub fn is_removed(&self, id: u64) -> bool {
+        self.removed.read().contains(&id)
+    }
+
     /// Told by the apply thread, and by the server when it starts.
-    pub fn set_learner(&self, learner: bool) {
-        self.learner.store(learner, Ordering::Relaxed);
+    pub fn set_members(&self, state: &StateMachine) {
+        self.learner.store(state.is_learner(), Ordering::Relaxed);
+        *self.removed.write() = state.members().removed().into_iter().collect();
+        self.members.send_modify(|changes| *changes += 1);
     }
 
     /// Bytes of all records that are held; what the quota is compared with.

@@ -100,7 +100,7 @@ impl Member {
         let state = Arc::new(RwLock::new(state));
         let published = Arc::new(Published::new(applied.index, applied.term));
         published.set_size(state.read().store().size_in_use_bytes());
-        published.set_learner(state.read().is_learner());
+        published.set_members(&state.read());
         published.set_checkpoint_bytes(storage.size_on_disk().map_err(OpenError::from)?);
         let waiters = Arc::new(Waiters::new(identity.member_id, getrandom::u64()?));
         let leases = Arc::new(LeaseClock::new(Arc::clone(&published)));

@@ -51,8 +51,7 @@ impl ApplyThread {
         self.leases.state_replaced();
         self.checkpointer.replaced(&state);
         self.published.set_size(state.store().size_in_use_bytes());
-        self.published.set_learner(state.is_learner());
-        self.published.members.send_modify(|changes| *changes += 1);
+        self.published.set_members(&state);
         self.rolling_hashes.replace(At { index: applied.index, hash: state.rolling_hash() });
         drop(state);
 
