@@ -44,7 +44,7 @@ use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::net::snapshot::Arrived;
 use crate::raft::{
-    self, Change, Configuration, Effects, Malformed, Node, Outgoing, RaftError, Refused, Role,
+    self, Change, Configuration, Effects, Kind, Malformed, Node, Outgoing, RaftError, Refused, Role,
 };
 
 /// A mailbox is emptied in turns of at most this many inputs, so that a flood of
@@ -455,6 +455,22 @@ impl RaftThread {
         }
     }
 
+    fn send(&mut self, message: Outgoing) {
+        let RaftParts { node, outbox, .. } = &mut self.parts;
+        let (to, is_snapshot) = (message.to, matches!(message.kind, Kind::Snapshot(_)));
+        // Reads and appends would keep the others from electing, as heartbeats do.
+        let is_kept_back = self.is_silent;
+        if is_kept_back || !outbox.send(message) {
+            if is_snapshot {
+                // Raft sends that member nothing else until it hears what became of it.
+                node.report_snapshot(to, false);
+            }
+            if !is_kept_back {
+                node.report_unreachable(to);
+            }
+        }
+    }
+
     /// Carries out effects until there are none. The other threads end only after
     /// this one, so a message to them is lost only when they failed, and then the
     /// fault is raised already.
@@ -468,14 +484,7 @@ impl RaftThread {
                 self.reads.start_over();
             }
             for message in messages {
-                if self.is_silent {
-                    // Reads and appends would keep the others from electing, as heartbeats do.
-                    continue;
-                }
-                let to = message.to;
-                if !self.parts.outbox.send(message) {
-                    self.parts.node.report_unreachable(to);
-                }
+                self.send(message);
             }
             for to in snapshots_wanted {
                 self.parts.outbox.make_snapshot(to, self.parts.node.log_start());

@@ -1075,7 +1075,7 @@ impl World {
                 Err(_) => Ended::GaveUp,
                 Ok(Ok(response)) => Ended::Outcome(Ok(response)),
                 Ok(Err(error)) if error.is_ambiguous() => Ended::GaveUp,
-                Ok(Err(Error::TooManyRequests)) => Ended::Failed,
+                Ok(Err(Error::TooManyRequests | Error::DeadlineExceeded)) => Ended::Failed,
                 Ok(Err(error)) => Ended::Outcome(Err(error)),
             };
             done.lock().push((tag, ended));
