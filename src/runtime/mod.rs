@@ -26,6 +26,7 @@
 
 pub mod apply_thread;
 pub mod auto_compact;
+pub mod boot_clock;
 pub mod checkpoint_thread;
 pub mod fault;
 pub mod force;
