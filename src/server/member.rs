@@ -5,6 +5,7 @@
 //! to. A member has no sockets; those are the server's.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
@@ -53,6 +54,8 @@ use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
 
 /// A member that could not tell the cluster who it is tries again after this.
 const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
+/// A member that waits for a leader says so as often as this.
+const LEADER_WAIT_TOLD: Duration = Duration::from_secs(10);
 
 /// A member without its sockets.
 pub(super) struct Member {
@@ -340,10 +343,13 @@ impl Member {
         client_urls: Vec<String>,
     ) -> Result<(), StartError> {
         let mut role = self.published.role.subscribe();
-        let leader = role.wait_for(|role| role.leader != 0);
-        tokio::select! {
-            _ = leader => {}
-            fatal = self.fault.wait() => return Err(fatal.into()),
+        let mut leader = pin!(role.wait_for(|role| role.leader != 0));
+        loop {
+            tokio::select! {
+                _ = &mut leader => break,
+                fatal = self.fault.wait() => return Err(fatal.into()),
+                () = tokio::time::sleep(LEADER_WAIT_TOLD) => self.engine.log_who_is_missing(),
+            }
         }
         loop {
             let published = self.engine.publish(config.name.clone(), client_urls.clone()).await;
