@@ -16,6 +16,8 @@
 //! All of them are there, empty or not. A snapshot file is such a database (`bolt`), and behind
 //! it its SHA-256.
 
+pub mod encode;
+
 /// The name of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Bucket {
@@ -114,6 +116,41 @@ pub mod auth {
 pub const REMOVED: &str = "removed";
 /// The length of the SHA-256 behind the database, in bytes.
 pub const TRAILER_BYTES: usize = 32;
+
+/// The SHA-256 of a database that comes in pieces.
+pub struct Digest(ring::digest::Context);
+
+impl Default for Digest {
+    fn default() -> Digest {
+        Digest::new()
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Digest")
+    }
+}
+
+impl Digest {
+    /// Of nothing.
+    pub fn new() -> Digest {
+        Digest(ring::digest::Context::new(&ring::digest::SHA256))
+    }
+
+    /// The database goes on with these bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// What a snapshot file has behind the database.
+    pub fn finish(self) -> [u8; TRAILER_BYTES] {
+        let digest = self.0.finish();
+        let mut trailer = [0; TRAILER_BYTES];
+        trailer.iter_mut().zip(digest.as_ref()).for_each(|(to, from)| *to = *from);
+        trailer
+    }
+}
 
 #[cfg(test)]
 mod tests {
