@@ -38,6 +38,7 @@ mod yaml;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use duration::parse as parse_duration;
 pub use features::{FeatureGates, Gate, Stage};
 pub use flag::Config;
 pub use parse::{Outcome, parse};

@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use kvorum::config::{Config, Outcome};
-use kvorum::{Fatal, Server, StartError, config};
+use kvorum::{Fatal, Server, StartError, cli, config};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 
@@ -22,6 +22,9 @@ use tracing::{error, info, warn};
 const SNAPSHOT_LIMIT: &str = "KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC";
 
 fn main() -> ExitCode {
+    if let Some(arguments) = snapshot_save() {
+        return ExitCode::from(cli::save::run(&arguments, &|name| std::env::var(name).ok()));
+    }
     match config::parse(std::env::args_os().skip(1), std::env::vars_os()) {
         // Standard output may be a closed pipe: nothing is lost that anybody waits for.
         Outcome::Print(text) => drop(io::stdout().write_all(text.as_bytes())),
@@ -46,6 +49,13 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// The arguments behind `snapshot save`, if that is what the program is to do.
+fn snapshot_save() -> Option<Vec<String>> {
+    let mut arguments = std::env::args_os().skip(1);
+    let is_save = arguments.next()? == "snapshot" && arguments.next()? == "save";
+    is_save.then(|| arguments.map(|argument| argument.to_string_lossy().into_owned()).collect())
 }
 
 fn fail(message: &str, exit_code: u8) -> ExitCode {

@@ -13,6 +13,7 @@ use sources::{Source, library};
 /// From the top down. A room may name those on lower levels, none on its own.
 const LEVELS: &[&[&str]] = &[
     &["main", "logging", "memory", "systemd"],
+    &["cli"],
     &["server", "simulation"],
     &["api", "client"],
     &["engine"],
@@ -54,7 +55,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),
-    ("tonic", &["api", "server", "metrics", "net", "pb"]),
+    ("tonic", &["api", "cli", "server", "metrics", "net", "pb"]),
     ("axum", &["api", "server"]),
     ("hyper", &["api"]),
     ("tokio_rustls", &["api"]),

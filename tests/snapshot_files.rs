@@ -58,8 +58,13 @@ async fn shown(channel: Channel, from_revision: i64) -> Shown {
     let (mut keys, mut hashes) = (BTreeMap::new(), BTreeMap::new());
     for at in from_revision..=revision {
         keys.insert(at, kv.range(everything(at)).await.unwrap().into_inner().kvs);
-        let hash = maintenance.hash_kv(HashKvRequest { revision: at }).await.unwrap().into_inner();
-        hashes.insert(at, (hash.hash, hash.compact_revision));
+        // At the compact revision itself the hash is the one of the compaction, which only those
+        // have who carried it out.
+        if at > from_revision {
+            let request = HashKvRequest { revision: at };
+            let hash = maintenance.hash_kv(request).await.unwrap().into_inner();
+            hashes.insert(at, (hash.hash, hash.compact_revision));
+        }
     }
     let mut leases = BTreeMap::new();
     for id in lease.lease_leases(LeaseLeasesRequest {}).await.unwrap().into_inner().leases {
@@ -69,6 +74,17 @@ async fn shown(channel: Channel, from_revision: i64) -> Shown {
         leases.insert(id.id, (found.granted_ttl, found.keys));
     }
     Shown { revision, keys, hashes, leases }
+}
+
+/// Says what differs, and not all that there is.
+#[track_caller]
+fn assert_equal(minor: &str, theirs: &Shown, ours: &Shown) {
+    assert_eq!(theirs.revision, ours.revision, "{minor}");
+    for (revision, keys) in &ours.keys {
+        assert!(theirs.keys[revision] == *keys, "{minor}: the keys at {revision} differ");
+    }
+    assert_eq!(theirs.hashes, ours.hashes, "{minor}");
+    assert_eq!(theirs.leases, ours.leases, "{minor}");
 }
 
 /// Random operations of all kinds, and a compaction in between. The compact revision.
@@ -88,7 +104,7 @@ async fn traffic(channel: Channel, rng: &mut Rng, operations: usize) -> i64 {
         };
         match rng.below(12) {
             0 => {
-                let id = 7000 + number as i64;
+                let id = rng.between(1, i64::MAX);
                 let request = LeaseGrantRequest { id, ttl: TTL_SECS + number as i64 };
                 lease.lease_grant(request).await.unwrap();
                 leases.push(id);
@@ -193,16 +209,20 @@ async fn every_etcd_serves_what_kvorum_saved() {
         let status = succeeds(&judges.etcdutl, &["snapshot", "status", path, "-w", "json"]);
         let status: Value = serde_json::from_str(&status).unwrap();
         assert_eq!(status["revision"], ours.revision, "{minor}: {status}");
-        assert_eq!(status["totalKey"], ours.keys[&ours.revision].len(), "{minor}: {status}");
+        // 3.5 counts the rows of all buckets.
+        if *minor != "v3.5" {
+            let keys = ours.keys[&ours.revision].len();
+            assert_eq!(status["totalKey"], keys, "{minor}: {status}");
+        }
         assert_eq!(status["totalSize"], size - 32, "{minor}: {status}");
 
         let etcd = restored(judges, &file);
         let theirs = shown(etcd.channel(), compacted).await;
-        assert!(theirs == ours, "{minor} shows\n{theirs:?}\ninstead of\n{ours:?}");
+        assert_equal(minor, &theirs, &ours);
         // It goes on from there: bbolt changes the trees that were written here.
-        traffic(etcd.channel(), &mut rng, 200).await;
+        let compacted = traffic(etcd.channel(), &mut rng, 200).await;
         succeeds(&judges.etcdctl, &["defrag", "--endpoints", &etcd.client_url()]);
-        assert!(shown(etcd.channel(), ours.revision + 1).await.revision > ours.revision + 50);
+        assert!(shown(etcd.channel(), compacted).await.revision > ours.revision + 50);
     }
 }
 

@@ -356,4 +356,4 @@ fn write_branch(children: &[(Bytes, u64)], out: &mut BytesMut) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

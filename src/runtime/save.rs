@@ -13,7 +13,7 @@
 //!
 //! **How long.** A client may be slow, and a file large: a save takes as long as the client goes
 //! on reading. Meanwhile its pin keeps in memory what compaction would have freed. So it is given
-//! up, with an error that says why, when the client takes nothing for [`STALL_MAX`], or when what
+//! up, with an error that says why, when the client takes nothing for [`SAVE_STALL_MAX`], or when what
 //! is kept exceeds [`HELD_BYTES_MAX`]. When the client goes, so does the pin.
 
 use std::sync::Arc;
@@ -41,7 +41,7 @@ const KEYS_PER_STEP: usize = 4096;
 /// Bytes of records that a step ends after.
 const STEP_BYTES: usize = 1 << 20;
 /// How long a client may take nothing.
-pub const STALL_MAX: Duration = Duration::from_secs(60);
+pub const SAVE_STALL_MAX: Duration = Duration::from_secs(60);
 /// What a save may keep from being freed by compactions that come after it has begun.
 pub const HELD_BYTES_MAX: u64 = 512 << 20;
 
@@ -54,7 +54,7 @@ pub enum SaveError {
     /// The client takes nothing.
     #[error(
         "kvorum: the snapshot was given up, because nothing of it was taken for {} s",
-        STALL_MAX.as_secs()
+        SAVE_STALL_MAX.as_secs()
     )]
     Stalled,
     /// Too much is kept for it.
@@ -247,7 +247,7 @@ impl Out {
             Err(TrySendError::Closed(_)) => return Err(SaveError::Gone),
             Err(TrySendError::Full(blob)) => blob,
         };
-        let sent = async { tokio::time::timeout(STALL_MAX, self.blobs.send(blob)).await };
+        let sent = async { tokio::time::timeout(SAVE_STALL_MAX, self.blobs.send(blob)).await };
         match self.runtime.block_on(sent) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(SaveError::Gone),

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 
 use super::*;
 
-type Rows = Vec<(Bytes, Bytes)>;
+pub(crate) type Rows = Vec<(Bytes, Bytes)>;
 
 /// Both passes over the rows; the file.
 fn file(buckets: &[(&'static str, Rows)]) -> Vec<u8> {
@@ -83,7 +83,7 @@ impl Reader<'_> {
     }
 }
 
-fn read(file: &[u8]) -> BTreeMap<String, (Rows, usize)> {
+pub(crate) fn read(file: &[u8]) -> BTreeMap<String, (Rows, usize)> {
     let metas = [0, 1].map(|id| Meta::decode(&file[id * PAGE_BYTES + PAGE_HEADER_BYTES..]));
     let [meta, older] = metas.map(Result::unwrap);
     assert_eq!(Meta { txid: meta.txid, ..older }, meta);
