@@ -2,4 +2,4 @@
 //!
 //! * [`save`]: a server's state into a file.
 
-pub mod save;
+pub(crate) mod save;

@@ -121,8 +121,6 @@ pub mod api;
 pub mod backup;
 #[doc(hidden)]
 pub mod bolt;
-#[doc(hidden)]
-pub mod cli;
 mod file_lock;
 #[doc(hidden)]
 pub mod lease;

@@ -4,6 +4,7 @@
 //! 1 when the configuration cannot be used or the server failed; 2 when the command line
 //! cannot be read. A second signal during the shutdown ends the process at once.
 
+mod cli;
 mod logging;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod memory;
@@ -14,7 +15,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use kvorum::config::{Config, Outcome};
-use kvorum::{Fatal, Server, StartError, cli, config};
+use kvorum::{Fatal, Server, StartError, config};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 

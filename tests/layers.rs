@@ -12,8 +12,7 @@ use sources::{Source, library};
 
 /// From the top down. A room may name those on lower levels, none on its own.
 const LEVELS: &[&[&str]] = &[
-    &["main", "logging", "memory", "systemd"],
-    &["cli"],
+    &["main", "cli", "logging", "memory", "systemd"],
     &["server", "simulation"],
     &["api", "client"],
     &["engine"],
@@ -51,7 +50,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("protobuf", &["raft"]),
     ("slog", &["raft"]),
     ("sled", &["storage"]),
-    ("ring", &["backup"]),
+    ("ring", &["api", "backup"]),
     ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),

@@ -245,7 +245,7 @@ async fn blobs_are_as_etcd_sends_them() {
     let (trailer, remaining) = blobs.pop().unwrap();
     assert_eq!((trailer.len(), remaining), (32, 0));
     let mut left: u64 = blobs.iter().map(|(blob, _)| blob.len() as u64).sum();
-    assert!(left > 200_000 && left % 4096 == 0);
+    assert!(left > 200_000 && left.is_multiple_of(4096));
     let last = blobs.len() - 1;
     for (number, (blob, remaining)) in blobs.iter().enumerate() {
         assert!(blob.len() == 32 * 1024 || (number == last && !blob.is_empty()));
@@ -253,7 +253,73 @@ async fn blobs_are_as_etcd_sends_them() {
         assert_eq!(*remaining, left);
     }
     assert_eq!(left, 0);
+    // The gateway sends the same, a line for each.
+    let address = server.client_address();
+    let path = "/v3/maintenance/snapshot";
+    let answer = common::http::request(&address, "POST", path, &[], b"{}").unwrap();
+    let lines: Vec<Value> =
+        answer.text().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((answer.status, lines.len()), (200, blobs.len() + 1));
+    assert_eq!(lines[0]["result"]["remaining_bytes"], blobs[0].1.to_string());
+    assert!(lines[0]["result"]["blob"].as_str().unwrap().len() > 32 * 1024);
     let metrics = common::http::get(&server.client_address(), "/metrics").unwrap().text();
-    let count = "etcd_disk_backend_snapshot_duration_seconds_count 1";
+    let count = "etcd_disk_backend_snapshot_duration_seconds_count 2";
     assert!(metrics.contains(count), "{metrics}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kvorum_saves_as_etcdctl_does_from_either_server() {
+    let Some(judges) = judge::find("kvorum_saves_as_etcdctl_does_from_either_server") else {
+        return;
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let mut rng = Rng::new(seed());
+    for program in [&server::kvorum(), &judges.etcd] {
+        let server = TestServer::start(program, &[]);
+        traffic(server.channel(), &mut rng, 100).await;
+        let url = server.client_url();
+        let [by_etcdctl, by_kvorum] = [&judges.etcdctl, &server::kvorum()].map(|client| {
+            let file = directory.path().join("db");
+            let path = file.to_str().unwrap();
+            let said = succeeds(client, &["snapshot", "save", path, "--endpoints", &url]);
+            assert_eq!(said, format!("Snapshot saved at {path}\nServer version 3.7.0\n"));
+            succeeds(&judges.etcdutl, &["snapshot", "status", path]);
+            let bytes = std::fs::read(&file).unwrap();
+            std::fs::remove_file(&file).unwrap();
+            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "nothing is left");
+            bytes
+        });
+        // etcd's file also counts its transactions, of which a save is one.
+        assert!(by_etcdctl == by_kvorum || program == &judges.etcd, "one state makes one file");
+    }
+}
+
+#[test]
+fn saving_fails_as_etcdctl_does() {
+    let Some(judges) = judge::find("saving_fails_as_etcdctl_does") else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("db");
+    let path = file.to_str().unwrap();
+    let nobody = "http://127.0.0.1:1";
+    for arguments in [
+        &["snapshot", "save"][..],
+        &["snapshot", "save", path, "other"],
+        &["snapshot", "save", path, "--endpoints", "http://127.0.0.1:1,http://127.0.0.1:2"],
+        &["snapshot", "save", path, "--bogus"],
+        &["snapshot", "save", path, "--endpoints", nobody],
+        &["snapshot", "save", path, "--endpoints", nobody, "--dial-timeout", "abc"],
+    ] {
+        let [theirs, ours] =
+            [&judges.etcdctl, &server::kvorum()].map(|program| run(program, arguments));
+        assert_eq!(ours.status.code(), theirs.status.code(), "{arguments:?}");
+        let ours = String::from_utf8(ours.stderr).unwrap();
+        assert!(ours.starts_with("Error: "), "{ours}");
+        // That nobody listens is said in other words.
+        let theirs = String::from_utf8(theirs.stderr).unwrap();
+        let error = theirs.lines().find(|line| line.starts_with("Error: ")).unwrap();
+        if !arguments.contains(&nobody) {
+            assert_eq!(ours.lines().next(), Some(error), "{arguments:?}");
+        }
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "{arguments:?}");
+    }
 }

@@ -14,13 +14,13 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::api::connector::connector_within;
-use crate::api::tls::client::{ClientTls, ClientTlsSettings};
-use crate::backup::Digest;
-use crate::config::parse_duration;
-use crate::pb::etcdserverpb::auth_client::AuthClient;
-use crate::pb::etcdserverpb::maintenance_client::MaintenanceClient;
-use crate::pb::etcdserverpb::{AuthenticateRequest, SnapshotRequest};
+use kvorum::api::connector::connector_within;
+use kvorum::api::tls::client::{ClientTls, ClientTlsSettings};
+use kvorum::backup::Digest;
+use kvorum::config::parse_duration;
+use kvorum::pb::etcdserverpb::auth_client::AuthClient;
+use kvorum::pb::etcdserverpb::maintenance_client::MaintenanceClient;
+use kvorum::pb::etcdserverpb::{AuthenticateRequest, SnapshotRequest};
 
 /// How the process ends when it failed, as etcdctl's does.
 const FAILED: u8 = 5;
@@ -76,7 +76,7 @@ enum Refusal {
 
 /// Carries the command out. `arguments` are those behind `snapshot save`; `variable` gives
 /// variables of the environment. Returns the exit code of the process. Blocks.
-pub fn run(arguments: &[String], variable: &dyn Fn(&str) -> Option<String>) -> u8 {
+pub(crate) fn run(arguments: &[String], variable: &dyn Fn(&str) -> Option<String>) -> u8 {
     let failed = |message: &str, exit_code| {
         // Whoever closed it does not want to know.
         let _ = writeln!(io::stderr(), "Error: {message}");
