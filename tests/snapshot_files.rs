@@ -306,7 +306,8 @@ fn saving_fails_as_etcdctl_does() {
         &["snapshot", "save", path, "other"],
         &["snapshot", "save", path, "--endpoints", "http://127.0.0.1:1,http://127.0.0.1:2"],
         &["snapshot", "save", path, "--bogus"],
-        &["snapshot", "save", path, "--endpoints", nobody],
+        // Without a timeout etcdctl waits for ever.
+        &["snapshot", "save", path, "--endpoints", nobody, "--command-timeout", "2s"],
         &["snapshot", "save", path, "--endpoints", nobody, "--dial-timeout", "abc"],
     ] {
         let [theirs, ours] =
