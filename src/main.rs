@@ -4,6 +4,7 @@
 //! 1 when the configuration cannot be used or the server failed; 2 when the command line
 //! cannot be read. A second signal during the shutdown ends the process at once.
 
+mod cli;
 mod logging;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod memory;
@@ -22,6 +23,9 @@ use tracing::{error, info, warn};
 const SNAPSHOT_LIMIT: &str = "KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC";
 
 fn main() -> ExitCode {
+    if let Some(arguments) = snapshot_save() {
+        return ExitCode::from(cli::save::run(&arguments, &|name| std::env::var(name).ok()));
+    }
     match config::parse(std::env::args_os().skip(1), std::env::vars_os()) {
         // Standard output may be a closed pipe: nothing is lost that anybody waits for.
         Outcome::Print(text) => drop(io::stdout().write_all(text.as_bytes())),
@@ -46,6 +50,13 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// The arguments behind `snapshot save`, if that is what the program is to do.
+fn snapshot_save() -> Option<Vec<String>> {
+    let mut arguments = std::env::args_os().skip(1);
+    let is_save = arguments.next()? == "snapshot" && arguments.next()? == "save";
+    is_save.then(|| arguments.map(|argument| argument.to_string_lossy().into_owned()).collect())
 }
 
 fn fail(message: &str, exit_code: u8) -> ExitCode {

@@ -12,14 +12,15 @@ use sources::{Source, library};
 
 /// From the top down. A room may name those on lower levels, none on its own.
 const LEVELS: &[&[&str]] = &[
-    &["main", "logging", "memory", "systemd"],
+    &["main", "cli", "logging", "memory", "systemd"],
     &["server", "simulation"],
     &["api", "client"],
     &["engine"],
     &["runtime"],
+    &["backup"],
     &["net", "raft", "state"],
     &["mvcc", "lease"],
-    &["config", "metrics", "log", "storage"],
+    &["bolt", "config", "metrics", "log", "storage"],
     &["error", "file_lock", "pb", "version"],
 ];
 
@@ -38,6 +39,7 @@ const ABSENCES: &[(&str, &[&str], &str)] = &[
     ),
     ("raft", &["storage", "metrics", "config"], "the node is a pure stepper"),
     ("state", &["storage", "metrics", "config"], "the state machine is pure"),
+    ("bolt", &["pb"], "a file format knows nothing of what is in the files"),
     ("mvcc", &["log", "storage", "metrics", "config"], "the store is pure"),
     ("lease", &["log", "storage", "metrics", "config"], "leases are pure"),
 ];
@@ -48,10 +50,11 @@ const HOMES: &[(&str, &[&str])] = &[
     ("protobuf", &["raft"]),
     ("slog", &["raft"]),
     ("sled", &["storage"]),
+    ("ring", &["api", "backup"]),
     ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),
-    ("tonic", &["api", "server", "metrics", "net", "pb"]),
+    ("tonic", &["api", "cli", "server", "metrics", "net", "pb"]),
     ("axum", &["api", "server"]),
     ("hyper", &["api"]),
     ("tokio_rustls", &["api"]),

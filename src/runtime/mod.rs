@@ -47,6 +47,7 @@ pub mod records;
 pub mod recover;
 pub mod rolling_hashes;
 pub mod roster;
+pub mod save;
 pub mod space;
 pub mod timing;
 pub mod waiters;
