@@ -28,7 +28,9 @@ mod process;
 mod report;
 mod requests;
 mod rolling;
+mod server;
 mod throughput;
+mod window;
 mod workload;
 
 use std::error::Error;
@@ -128,8 +130,10 @@ async fn interrupted() -> Box<dyn Error> {
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
-    let mut args =
-        Args::parse(std::env::args().skip(1), &["serializable", "preload", "assert", "help"])?;
+    let mut args = Args::parse(
+        std::env::args().skip(1),
+        &["serializable", "preload", "assert", "random", "help"],
+    )?;
     let Some(command) = args.command() else {
         println!("{USAGE}");
         return Ok(());
@@ -144,6 +148,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
         "failover" => return failover::run(args).await,
         "rolling" => return rolling::run(args).await,
         "snapshot-catchup" => return catchup::run(args).await,
+        "sliding-window" => return window::run(args).await,
         _ => {}
     }
     let kind =
@@ -156,6 +161,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
         conns: args.number("conns", clients.div_ceil(10))?.max(1),
         duration: Duration::from_secs_f64(args.real("seconds", 10.0)?),
         total: args.optional("total")?,
+        first: 0,
         keys: args.number("keys", kind.usual_keys())?.max(1),
         key_size: args.number("key-size", 32)?,
         val_size: args.number("val-size", 256)?,
