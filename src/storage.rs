@@ -158,6 +158,21 @@ impl Batch {
     }
 }
 
+/// Writes records of [`Table::Mvcc`] in batches, as any other.
+fn write_in_batches(
+    storage: &mut dyn Storage,
+    records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+) -> Result<(), StorageError> {
+    let mut batch = Batch::new();
+    for (key, value) in records {
+        batch.put(Table::Mvcc, key, value);
+        if batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { storage.write(batch) }
+}
+
 /// Receives the records of a scan; `Break` ends it.
 pub type Visit<'a> = dyn FnMut(&[u8], Bytes) -> ControlFlow<()> + 'a;
 
@@ -173,10 +188,12 @@ pub trait Storage: Send {
     /// `KeyTooLong` before anything is changed; otherwise what the disk says.
     fn write(&mut self, batch: Batch) -> Result<(), StorageError>;
 
-    /// Begins with these records of [`Table::Mvcc`], which come in the order of their keys
-    /// from an iterator that may take its time. To be called first, on a storage that has
-    /// none. They take less space than others, and stay as they are: no batch may change a
-    /// key up to [`Storage::frozen_to`]. Durable after the next sync.
+    /// Adds records of [`Table::Mvcc`] that are never changed: they come in the order of their
+    /// keys, and after all that are there, from an iterator that may take its time. They take
+    /// less space than others, and stay as they are: no batch may change a key up to
+    /// [`Storage::frozen_to`]. They may become visible with the next batch, in which all of them
+    /// are written or none; where a storage does without this they are written in batches of
+    /// their own.
     ///
     /// # Errors
     /// What the disk says.

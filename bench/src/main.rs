@@ -15,13 +15,14 @@
 //!
 //! [`compare`] measures single members, [`throughput`] clusters of three, and
 //! [`failover`], [`rolling`] and [`catchup`] what happens to clusters whose members
-//! are killed, restarted, or left behind.
+//! are killed, restarted, or left behind. [`window`] and [`defragment`] are about the disk.
 
 mod args;
 mod catchup;
 mod client;
 mod cluster;
 mod compare;
+mod defragment;
 mod failover;
 mod histogram;
 mod process;
@@ -49,6 +50,9 @@ kvorum-bench failover [flags]      kill leaders; how long is nothing written?
 kvorum-bench rolling [flags]       restart members in turns; which requests of etcd's Go client fail?
 kvorum-bench snapshot-catchup [flags]
                                    start a member that was left behind; what does that cost the leader?
+kvorum-bench sliding-window [flags]
+                                   keys come and go; what does that take on the disk and in memory?
+kvorum-bench defragment [flags]    defragment under load: time, memory, and what puts notice
 
 workloads
   put          put random keys of the key space
@@ -94,7 +98,15 @@ flags of cluster, failover, rolling and snapshot-catchup
   --pause-ms MS             between two members (2000; rolling)
   --go-client PATH          the program of tests/judge/client (target/judge/client; rolling)
   --size MIB                the state a member must catch up with (1024; snapshot-catchup)
-  --write-rate N            writes per second meanwhile (200; snapshot-catchup)";
+  --write-rate N            writes per second meanwhile (200; snapshot-catchup)
+
+flags of sliding-window and defragment
+  --etcd, --kvorum, --dir, --assert, --only NAME (etcd or kvorum)
+  --writes N                in all (10000000; sliding-window)
+  --compact-every N         writes between two compactions (100000; sliding-window)
+  --random                  put any of the keys, instead of a new one and delete the oldest
+  --size-mib MIB            the state (1024; defragment)
+  --rate N                  puts per second meanwhile (500; defragment)";
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -148,6 +160,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
         "failover" => return failover::run(args).await,
         "rolling" => return rolling::run(args).await,
         "snapshot-catchup" => return catchup::run(args).await,
+        "defragment" => return defragment::run(args).await,
         "sliding-window" => return window::run(args).await,
         _ => {}
     }

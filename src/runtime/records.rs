@@ -79,25 +79,21 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
 pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), StorageError> {
-    let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
-    let mut batch = Batch::new();
     #[cfg(test)]
     if HEAD_APART.get() {
+        let mut batch = Batch::new();
         batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
-        storage.write(std::mem::take(&mut batch))?;
+        storage.write(batch)?;
     }
-    for (revision, tombstone, kv) in records {
-        batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));
-        if batch.is_full() {
-            storage.write(std::mem::take(&mut batch))?;
-        }
-    }
-    write_rest(storage, cut, batch, false)
+    let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
+    let mut records =
+        records.map(|(revision, tombstone, kv)| (key(*revision), value(*tombstone, kv)));
+    storage.freeze(&mut records)?;
+    write_rest(storage, cut, false)
 }
 
-/// Like [`write`], into an empty checkpoint, which does not count yet: the records are
-/// frozen ([`Storage::freeze`]), and no batch is larger than others. `pace` is called with
-/// the size of each record, and may take its time.
+/// Like [`write`], into an empty checkpoint, which does not count yet: no batch is larger
+/// than others. `pace` is called with the size of each record, and may take its time.
 ///
 /// # Errors
 /// The store fails.
@@ -111,7 +107,7 @@ pub fn fill(
         (key(*revision), value(*tombstone, kv))
     });
     storage.freeze(&mut records)?;
-    write_rest(storage, cut, Batch::new(), true)
+    write_rest(storage, cut, true)
 }
 
 #[cfg(test)]
@@ -120,13 +116,13 @@ thread_local! {
     pub(crate) static HEAD_APART: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-/// Writes what is no record of a version, with what is in `batch` already, and syncs.
+/// Writes what is no record of a version, and syncs.
 fn write_rest(
     storage: &mut dyn Storage,
     cut: &Cut,
-    mut batch: Batch,
     splits_leases: bool,
 ) -> Result<(), StorageError> {
+    let mut batch = Batch::new();
     for (id, lease) in &cut.dirty.leases {
         let id = Bytes::copy_from_slice(&id.to_be_bytes());
         match lease {

@@ -18,9 +18,10 @@ pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
 /// What a byte of records takes on the disk, once in the store: measured, values of 1 KiB
 /// and more take 1.8 bytes, of 100 bytes 2.9.
 pub const STORE_BYTES_PER_BYTE: u64 = 3;
-/// A checkpoint is written anew when it takes this many times what its records do. The old
-/// one and the new one together then take one time more, and less than four times it.
-pub const REWRITE_TIMES: u64 = 2;
+/// A checkpoint is written anew when it takes this much of what its records do, in percent.
+/// The old one and the new one together then take one time more. Between two compactions the
+/// records themselves may be twice what is live, and all of it must stay below four times that.
+pub const REWRITE_PERCENT: u64 = 150;
 /// A checkpoint of less than this, in bytes, is not worth it: sled begins with some.
 pub const REWRITE_FLOOR_BYTES: u64 = 64 * 1024 * 1024;
 /// Writers wait when more than this is applied and not yet in the checkpoint. It bounds the
@@ -92,10 +93,9 @@ pub fn has_room_for_image(directory: &Path, image_bytes: u64) -> bool {
 }
 
 /// Whether a checkpoint that takes `on_disk_bytes` is to be written anew, now that the state's
-/// records are so many bytes. What is gained is as much as is written at the least, so in the
-/// long run no more is written for it than for what clients put.
+/// records are so many bytes. For each byte that this gives back, two are written at the most.
 pub fn is_rewrite_due(on_disk_bytes: u64, records_bytes: u64) -> bool {
-    on_disk_bytes > REWRITE_FLOOR_BYTES.max(records_bytes.saturating_mul(REWRITE_TIMES))
+    on_disk_bytes > REWRITE_FLOOR_BYTES.max(records_bytes / 100 * REWRITE_PERCENT)
 }
 
 /// What a checkpoint takes that is written as a whole, in bytes, of records of so many.
@@ -155,14 +155,14 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn a_checkpoint_is_written_anew_when_half_of_it_is_not_needed() {
+    fn a_checkpoint_is_written_anew_when_a_third_of_it_is_not_needed() {
         let due = |on_disk_mib, records_mib| is_rewrite_due(on_disk_mib * MIB, records_mib * MIB);
         assert!(!due(64, 0), "a small one is left alone");
-        assert!(due(65, 0) && due(65, 32));
-        assert!(!due(65, 33));
-        assert!(!due(2048, 1024));
-        assert!(due(2049, 1024));
-        assert!(!is_rewrite_due(u64::MAX, u64::MAX));
+        assert!(due(65, 0) && due(65, 43));
+        assert!(!due(65, 44));
+        assert!(!due(1535, 1024));
+        assert!(due(1537, 1024));
+        assert!(!is_rewrite_due(u64::MAX / 2, u64::MAX / 2));
     }
 
     #[test]

@@ -113,9 +113,6 @@ impl Storage for FaultyStorage {
             return Err(StorageError::KeyTooLong { table, len });
         }
         self.with_disk(|disk| {
-            if batch.changes_up_to(disk.current.frozen_to().as_deref()) {
-                return Err(StorageError::Frozen);
-            }
             let fails = is_used_up(&mut disk.writes_left);
             disk.failed = fails;
             disk.unsynced.push(batch.clone());
@@ -131,28 +128,12 @@ impl Storage for FaultyStorage {
         &mut self,
         records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
     ) -> Result<(), StorageError> {
-        let mut records = records.peekable();
-        let mut last = None;
-        // Each batch may fail, and may be all that a power cut leaves.
-        while records.peek().is_some() {
-            let mut batch = Batch::new();
-            for (key, value) in records.by_ref() {
-                last = Some(key.clone());
-                batch.put(Table::Mvcc, key, value);
-                if batch.is_full() {
-                    break;
-                }
-            }
-            self.write(batch)?;
-        }
-        self.with_disk(|disk| {
-            disk.current.freeze_to(last);
-            Ok(())
-        })
+        // Each of the batches may fail, or be the last that a power cut leaves.
+        super::write_in_batches(self, records)
     }
 
     fn frozen_to(&self) -> Option<Bytes> {
-        self.disk.lock().current.frozen_to()
+        None
     }
 
     fn sync(&mut self) -> Result<(), StorageError> {

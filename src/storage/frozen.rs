@@ -1,9 +1,10 @@
-//! Records that a checkpoint begins with, in a file that is written once.
+//! Versions and tombstones, in a file that only grows.
 //!
 //! sled takes two bytes of its file, and one of memory, for each byte of records, and
-//! writes five. So a checkpoint that is written as a whole puts its versions here, one
-//! after the other, and sled holds only what came later. Nothing in the file ever changes.
-//! It goes with its checkpoint, when the next one is written.
+//! writes five. The records of a checkpoint's largest table come in the order of their
+//! keys and are never changed, so they are put one after the other into a file of their own.
+//! Nothing is removed from it: what compaction gave up goes when the next checkpoint is
+//! written, without it.
 //!
 //! ```text
 //! frozen    magic | format u32 | block | block | …
@@ -13,11 +14,13 @@
 //!
 //! Numbers are little-endian. A block's checksum is CRC32C over where it begins and its
 //! records, so that a block in another's place is wrong. How long the file is, how many
-//! records it has and which is the last is in sled ([`Frozen::encode`]): a file that was cut
-//! short, or is another's, is found when it is opened.
+//! records it has and which is the last is in sled ([`Frozen::encode`]), and changes there
+//! in the batch that needs the records, after they were synced here. So they become part of
+//! the checkpoint at once or not at all: what lies behind that length was never written. A
+//! file that is shorter is found when it is opened.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io;
 use std::ops::ControlFlow;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
@@ -38,7 +41,7 @@ const BLOCK_BYTES: usize = 256 << 10;
 /// write them all at once, while the raft log waits.
 const SYNC_EVERY_BYTES: u64 = 8 << 20;
 
-/// The file, open for reading.
+/// The file, open.
 #[derive(Debug)]
 pub(super) struct Frozen {
     file: File,
@@ -69,22 +72,27 @@ fn damaged(what: impl std::fmt::Display) -> ReadError {
 }
 
 impl Frozen {
-    /// Writes the file and makes it durable, but for its name. The records come in the order
-    /// of their keys. `None` if there are none.
-    pub(super) fn create(
-        dir: &Path,
-        records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
-    ) -> io::Result<Option<Frozen>> {
+    /// Begins the file, without records. Its name is not durable.
+    pub(super) fn create(dir: &Path) -> io::Result<Frozen> {
         let mut options = OpenOptions::new();
         let options = options.read(true).write(true).create(true).truncate(true).mode(0o600);
-        let mut file = options.open(dir.join(FILE))?;
-        file.write_all(MAGIC)?;
-        file.write_all(&FORMAT.to_le_bytes())?;
-        let mut frozen = Frozen { file, len: FILE_HEADER_BYTES, records: 0, last: Bytes::new() };
+        let file = options.open(dir.join(FILE))?;
+        file.write_all_at(&[&MAGIC[..], &FORMAT.to_le_bytes()].concat(), 0)?;
+        Ok(Frozen { file, len: FILE_HEADER_BYTES, records: 0, last: Bytes::new() })
+    }
+
+    /// Adds records, which come in the order of their keys and after those there are, and
+    /// makes them durable.
+    pub(super) fn extend(
+        &mut self,
+        records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+    ) -> io::Result<()> {
+        // An earlier attempt may have left something that never became part of it.
+        self.file.set_len(self.len)?;
         let mut block = Vec::with_capacity(BLOCK_BYTES);
-        let mut synced = 0;
+        let mut synced = self.len;
         for (key, value) in records {
-            if frozen.records > 0 && key <= frozen.last {
+            if self.records > 0 && key <= self.last {
                 return Err(io::Error::other("records are to come in the order of their keys"));
             }
             let too_long = |_| io::Error::other("a record is longer than its length can say");
@@ -92,19 +100,18 @@ impl Frozen {
             block.extend_from_slice(&u32::try_from(value.len()).map_err(too_long)?.to_le_bytes());
             block.extend_from_slice(&key);
             block.extend_from_slice(&value);
-            frozen.records += 1;
-            frozen.last = key;
+            self.records += 1;
+            self.last = key;
             if block.len() >= BLOCK_BYTES {
-                frozen.append(&mut block)?;
+                self.append(&mut block)?;
             }
-            if frozen.len - synced >= SYNC_EVERY_BYTES {
-                frozen.file.sync_data()?;
-                synced = frozen.len;
+            if self.len - synced >= SYNC_EVERY_BYTES {
+                self.file.sync_data()?;
+                synced = self.len;
             }
         }
-        frozen.append(&mut block)?;
-        frozen.file.sync_all()?;
-        Ok((frozen.records > 0).then_some(frozen))
+        self.append(&mut block)?;
+        self.file.sync_data()
     }
 
     fn append(&mut self, block: &mut Vec<u8>) -> io::Result<()> {
@@ -112,9 +119,9 @@ impl Frozen {
             return Ok(());
         }
         let length = u32::try_from(block.len()).map_err(io::Error::other)?;
-        self.file.write_all(&length.to_le_bytes())?;
-        self.file.write_all(&checksum(self.len, block).to_le_bytes())?;
-        self.file.write_all(block)?;
+        let header = [length.to_le_bytes(), checksum(self.len, block).to_le_bytes()].concat();
+        self.file.write_all_at(&header, self.len)?;
+        self.file.write_all_at(block, self.len + header.len() as u64)?;
         self.len += (BLOCK_HEADER_BYTES + block.len()) as u64;
         block.clear();
         Ok(())
@@ -134,14 +141,14 @@ impl Frozen {
             Some((u64::from_le_bytes(*len), u64::from_le_bytes(*records), last))
         };
         let (len, records, last) = read().ok_or_else(|| damaged("sled's record of it"))?;
-        let file = match File::open(dir.join(FILE)) {
+        let file = match OpenOptions::new().read(true).write(true).open(dir.join(FILE)) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(damaged("it is missing"));
             }
             opened => opened?,
         };
         let found = file.metadata()?.len();
-        if found != len {
+        if found < len {
             return Err(damaged(format_args!("it has {found} bytes of {len} written")));
         }
         let mut header = [0; FILE_HEADER_BYTES as usize];

@@ -21,11 +21,6 @@ impl MemoryStorage {
         MemoryStorage::default()
     }
 
-    /// What there is up to this key stays as it is.
-    pub(super) fn freeze_to(&mut self, last: Option<Bytes>) {
-        self.frozen_to = last;
-    }
-
     /// Makes the changes of a batch whose keys have been looked at.
     pub(super) fn apply(&mut self, batch: Batch) {
         for (key, value) in batch.changes {

@@ -17,9 +17,9 @@
 //!   are stored in pieces, and that there is no such file is checked on each sync.
 //! - Free space is reclaimed by sled's own thread only, hence `flush_every_ms`. The
 //!   file never shrinks; what is free in it is used again.
-//! - sled takes much more space than its records. What a checkpoint begins with is kept in a
+//! - sled takes much more space than its records. Those of [`Table::Mvcc`] are put into a
 //!   plain file beside it, of which sled holds no more than how long it is
-//!   ([`super::frozen`]).
+//!   ([`super::frozen`]). A checkpoint of format 1 has them in sled, and keeps to that.
 //!
 //! Opening a new directory takes a few milliseconds, opening one with a million records
 //! of 300 bytes a third of a second. sled holds about as much in memory as it has on disk,
@@ -88,8 +88,10 @@ pub struct SledStorage {
     progress: Progress,
     /// How many writes have been synced.
     mark: Mark,
-    /// What it began with.
+    /// Records that sled need not hold.
     frozen: Option<Frozen>,
+    /// There are more of them than sled knows of.
+    frozen_grew: bool,
 }
 
 /// What every batch says of the state it leads to.
@@ -174,6 +176,7 @@ impl SledStorage {
             progress,
             mark,
             frozen: None,
+            frozen_grew: false,
         };
         if is_empty && storage.mark.number() == 0 {
             storage.begin()?;
@@ -277,11 +280,18 @@ impl SledStorage {
         counts: BTreeMap<u8, u64>,
     ) -> Result<(), StorageError> {
         let progress = Progress { writes: self.progress.writes.saturating_add(1), counts };
-        let key = stored_key(OWN_TABLE, PROGRESS_KEY);
-        let sealed = encode_head(&key, &Head::Whole(&progress.encode()));
-        changes.insert(key, sealed);
+        let mut insert_own = |key: &[u8], value: &[u8]| {
+            let key = stored_key(OWN_TABLE, key);
+            let sealed = encode_head(&key, &Head::Whole(value));
+            changes.insert(key, sealed);
+        };
+        insert_own(PROGRESS_KEY, &progress.encode());
+        if let Some(frozen) = self.frozen.as_ref().filter(|_| self.frozen_grew) {
+            insert_own(FROZEN_KEY, &frozen.encode());
+        }
         self.call("write", |db| db.apply_batch(changes))?;
         self.progress = progress;
+        self.frozen_grew = false;
         Ok(())
     }
 
@@ -400,21 +410,38 @@ impl Storage for SledStorage {
         &mut self,
         records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
     ) -> Result<(), StorageError> {
-        let frozen = match Frozen::create(&self.dir, records) {
-            Ok(Some(frozen)) => frozen,
-            Ok(None) => return Ok(()),
-            Err(source) => {
-                self.sync_failed = true;
-                return Err(self.io("write its frozen records", source));
+        let in_sled = self.progress.counts.get(&(Table::Mvcc as u8)).copied().unwrap_or(0);
+        if in_sled > 0 {
+            return super::write_in_batches(self, records);
+        }
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(StorageError::Failed { dir: self.dir.clone() });
+        }
+        let mut records = records.peekable();
+        if records.peek().is_none() {
+            return Ok(());
+        }
+        let frozen = match self.frozen.take() {
+            Some(frozen) => Ok(frozen),
+            None => {
+                // The file's name is not durable yet.
+                self.names_synced = false;
+                Frozen::create(&self.dir)
             }
         };
-        // The file's name is not durable yet.
-        self.names_synced = false;
-        let key = stored_key(OWN_TABLE, FROZEN_KEY);
-        let mut batch = sled::Batch::default();
-        batch.insert(key.clone(), encode_head(&key, &Head::Whole(&frozen.encode())));
-        self.apply(batch, self.progress.counts.clone())?;
-        self.frozen = Some(frozen);
+        let extended = frozen.and_then(|mut frozen| {
+            frozen.extend(&mut records)?;
+            Ok(frozen)
+        });
+        match extended {
+            Ok(frozen) => self.frozen = Some(frozen),
+            Err(source) => {
+                // Without space nothing was lost that sled knows of.
+                self.sync_failed |= source.kind() != io::ErrorKind::StorageFull;
+                return Err(self.io("write its frozen records", source));
+            }
+        }
+        self.frozen_grew = true;
         Ok(())
     }
 

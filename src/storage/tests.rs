@@ -150,50 +150,82 @@ fn frozen(count: usize) -> impl Iterator<Item = (Bytes, Vec<u8>)> {
     (0..count).map(|at| (format!("{at:04}").into(), long_value(at * 10, at).to_vec()))
 }
 
-#[test]
-fn frozen_records_come_first_and_stay() {
-    on_each(|storage| {
-        assert_eq!(storage.frozen_to(), None);
-        storage.freeze(&mut frozen(500)).unwrap();
-        put(storage, b"0499\0", "the first after them");
-        put(storage, b"1000", "last");
-        storage.sync().unwrap();
-        assert_eq!(storage.frozen_to().as_deref(), Some(&b"0499"[..]));
-        let found = records(storage, Table::Mvcc);
-        assert_eq!(found.len(), 502);
-        for ((key, value), (expected_key, expected)) in found.iter().zip(frozen(500)) {
-            assert!(key[..] == expected_key && value[..] == expected);
-        }
-        assert_eq!(found[500].0, b"0499\0");
-        let some = records_between(storage, Table::Mvcc, b"0498", b"0499\x01");
-        assert_eq!(keys(&some), [&b"0498"[..], b"0499", b"0499\0"]);
-        assert_eq!(records_between(storage, Table::Mvcc, b"0100", b"0103").len(), 3);
-        assert_eq!(storage.get(Table::Mvcc, b"0007").unwrap(), Some(long_value(70, 7)));
-        assert_eq!(storage.get(Table::Mvcc, b"0007x").unwrap(), None);
-        assert_eq!(storage.get(Table::Mvcc, b"1000").unwrap(), Some("last".into()));
-        assert_eq!(records(storage, Table::Lease).len(), 0);
-        // One of them is enough, and nothing of the batch happens.
-        let mut batch = Batch::new();
-        batch.delete(Table::Mvcc, "0499");
-        batch.delete(Table::Mvcc, "1000");
-        assert!(matches!(storage.write(batch), Err(StorageError::Frozen)));
-        let mut batch = Batch::new();
-        batch.delete(Table::Mvcc, "1000");
-        batch.put(Table::Head, "0001", "another table");
-        storage.write(batch).unwrap();
-        assert_eq!(records(storage, Table::Mvcc).len(), 501);
-    });
+fn put_head(storage: &mut dyn Storage) {
+    let mut batch = Batch::new();
+    batch.put(Table::Head, "head", "");
+    storage.write(batch).unwrap();
 }
 
 #[test]
-fn frozen_records_survive_and_damage_to_them_is_named() {
+fn frozen_records_are_as_others_but_stay() {
+    on_each(|storage| {
+        assert_eq!(storage.frozen_to(), None);
+        storage.freeze(&mut frozen(500).take(200)).unwrap();
+        put_head(storage);
+        storage.freeze(&mut frozen(500).skip(200)).unwrap();
+        put_head(storage);
+        storage.freeze(&mut std::iter::empty()).unwrap();
+        storage.sync().unwrap();
+        let found = records(storage, Table::Mvcc);
+        assert_eq!(found.len(), 500);
+        for ((key, value), (expected_key, expected)) in found.iter().zip(frozen(500)) {
+            assert!(key[..] == expected_key && value[..] == expected);
+        }
+        assert_eq!(records_between(storage, Table::Mvcc, b"0100", b"0103").len(), 3);
+        assert_eq!(storage.get(Table::Mvcc, b"0007").unwrap(), Some(long_value(70, 7)));
+        assert_eq!(storage.get(Table::Mvcc, b"0007x").unwrap(), None);
+        assert_eq!(records(storage, Table::Lease).len(), 0);
+        let Some(frozen_to) = storage.frozen_to() else { return };
+        assert_eq!(frozen_to, "0499");
+        let mut batch = Batch::new();
+        batch.delete(Table::Mvcc, "0499");
+        batch.put(Table::Head, "head", "nothing of it happens");
+        assert!(matches!(storage.write(batch), Err(StorageError::Frozen)));
+        assert_eq!(storage.get(Table::Head, b"head").unwrap(), Some(Bytes::new()));
+    });
+}
+
+/// A crash between the two leaves nothing of the first.
+#[test]
+fn frozen_records_count_with_the_next_batch() {
+    let dir = TempDir::new().unwrap();
+    for (count, counts) in [(10, false), (15, true), (20, false), (30, true)] {
+        let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+        let before = records(&storage, Table::Mvcc).len();
+        storage.freeze(&mut frozen(count).skip(before)).unwrap();
+        if counts {
+            put_head(&mut storage);
+            storage.sync().unwrap();
+        }
+        drop(storage);
+        let storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+        let found = records(&storage, Table::Mvcc);
+        assert_eq!(found.len(), if counts { count } else { before });
+        assert!(found.iter().zip(frozen(count)).all(|(found, put)| found.0[..] == put.0));
+    }
+}
+
+/// As before there was a file for them.
+#[test]
+fn a_checkpoint_with_records_in_sled_keeps_them_there() {
+    let dir = TempDir::new().unwrap();
+    let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+    put(&mut storage, b"0000", "in sled");
+    storage.freeze(&mut frozen(9).skip(1)).unwrap();
+    storage.sync().unwrap();
+    assert_eq!(storage.frozen_to(), None);
+    assert_eq!(records(&storage, Table::Mvcc).len(), 9);
+}
+
+#[test]
+fn damage_to_frozen_records_is_named() {
     let dir = TempDir::new().unwrap();
     let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
     storage.freeze(&mut frozen(20)).unwrap();
-    put(&mut storage, b"1000", "last");
+    put_head(&mut storage);
     storage.sync().unwrap();
     let before = records(&storage, Table::Mvcc);
-    assert_eq!(before.len(), 21);
+    assert_eq!(before.len(), 20);
     drop(storage);
     let path = checkpoint(&dir).join("frozen");
     let file = fs::read(&path).unwrap();
@@ -211,7 +243,7 @@ fn frozen_records_survive_and_damage_to_them_is_named() {
         assert!(error.to_string().contains("ckpt-1"), "{error}");
         assert!(error.to_string().contains("\"frozen\""), "{error}");
     };
-    for at in (0..64).chain((64..file.len()).step_by(97)) {
+    for at in (0..32).chain((32..file.len()).step_by(97)) {
         let mut spoiled = file.clone();
         spoiled[at] ^= 0x80;
         fs::write(&path, spoiled).unwrap();
@@ -221,7 +253,7 @@ fn frozen_records_survive_and_damage_to_them_is_named() {
     is_named(read().expect_err("it is too short"));
     fs::remove_file(&path).unwrap();
     is_named(read().expect_err("it is missing"));
-    fs::write(&path, &file).unwrap();
+    fs::write(&path, [&file[..], b"what was never written"].concat()).unwrap();
     assert_eq!(read().unwrap(), before);
 }
 
