@@ -146,7 +146,7 @@ async fn measure(
     let usual = {
         let puts = Puts::start(&endpoint, rate).await?;
         tokio::time::sleep(USUAL).await;
-        puts.done()?
+        puts.done().await?
     };
     let memory = || process::resident_bytes(server.pid()).unwrap_or(0);
     let (disk_before, memory_before) = (server.disk_bytes(), memory());
@@ -167,7 +167,7 @@ async fn measure(
     let _: DefragmentResponse =
         cluster::call(&endpoint, method, &DefragmentRequest {}, PATIENCE).await?;
     let seconds = begun.elapsed().as_secs_f64();
-    let meanwhile = puts.done()?;
+    let meanwhile = puts.done().await?;
     drop(sampling);
     Ok(Measured {
         seconds,
@@ -202,17 +202,22 @@ fn state(endpoint: &str, keys: usize) -> Load {
 /// Puts at a steady rate, until this goes out of scope.
 struct Puts {
     shared: Rc<Told>,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 struct Told {
+    stop: Cell<bool>,
     latencies: RefCell<Histogram>,
     error: RefCell<Option<String>>,
 }
 
 impl Puts {
     async fn start(endpoint: &str, rate: usize) -> Result<Puts, CallError> {
-        let told = Told { latencies: RefCell::new(Histogram::new()), error: RefCell::default() };
+        let told = Told {
+            stop: Cell::new(false),
+            latencies: RefCell::new(Histogram::new()),
+            error: RefCell::default(),
+        };
         let shared = Rc::new(told);
         let mut connections = Vec::new();
         for _ in 0..CONNECTIONS {
@@ -225,11 +230,13 @@ impl Puts {
                 told.fail(&error);
             }
         });
-        Ok(Puts { shared, _tasks: tasks })
+        Ok(Puts { shared, tasks })
     }
 
-    /// How long puts took, or why one failed.
-    fn done(self) -> Result<Histogram, String> {
+    /// How long puts took, those under way included, or why one failed.
+    async fn done(mut self) -> Result<Histogram, String> {
+        self.shared.stop.set(true);
+        while self.tasks.join_next().await.is_some() {}
         let error = self.shared.error.borrow().clone();
         error.map_or_else(|| Ok(self.shared.latencies.borrow().clone()), Err)
     }
@@ -251,6 +258,9 @@ impl Told {
         let mut under_way = JoinSet::new();
         for (number, connection) in (0..).zip(connections.iter().cycle()) {
             tokio::time::sleep_until(due.into()).await;
+            if self.stop.get() {
+                break;
+            }
             let (told, mut connection) = (Rc::clone(self), connection.clone());
             let path = connection.path("etcdserverpb.KV/Put")?;
             let request = put.with(FIRST_KEY + number % CHANGING_KEYS);
@@ -263,6 +273,7 @@ impl Told {
             while under_way.try_join_next().is_some() {}
             due += every;
         }
+        while under_way.join_next().await.is_some() {}
         Ok(())
     }
 }
