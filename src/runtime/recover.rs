@@ -327,7 +327,7 @@ impl OnDisk<'_> {
         }
         begin_log(&mut log, &mut recovered, state.applied())?;
         let (mut generations, mut storage) = DiskGenerations::begin_first(&self.member_dir)?;
-        records::fill(&mut storage, &state.cut())?;
+        records::fill(&mut storage, &state.cut(), |_| ())?;
         generations.switch()?;
         Ok(Recovery {
             start: start(&state, recovered),
@@ -444,7 +444,7 @@ pub(crate) fn complete_install(
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::new();
     let mut state = first_state(bootstrap, Path::new("(memory)"))?;
-    records::fill(&mut storage, &state.cut())?;
+    records::fill(&mut storage, &state.cut(), |_| ())?;
     let identity = identity(&state);
     let (mut log, mut recovered) = MemoryLog::open(&MemoryDisk::new(identity));
     begin_log(&mut log, &mut recovered, state.applied())?;
