@@ -117,6 +117,10 @@ pub mod version;
 // rooms one by one. Not for programs: they change with any release.
 #[doc(hidden)]
 pub mod api;
+#[doc(hidden)]
+pub mod backup;
+#[doc(hidden)]
+pub mod bolt;
 mod file_lock;
 #[doc(hidden)]
 pub mod lease;

@@ -17,9 +17,10 @@ const LEVELS: &[&[&str]] = &[
     &["api", "client"],
     &["engine"],
     &["runtime"],
+    &["backup"],
     &["net", "raft", "state"],
     &["mvcc", "lease"],
-    &["config", "metrics", "log", "storage"],
+    &["bolt", "config", "metrics", "log", "storage"],
     &["error", "file_lock", "pb", "version"],
 ];
 
@@ -38,6 +39,7 @@ const ABSENCES: &[(&str, &[&str], &str)] = &[
     ),
     ("raft", &["storage", "metrics", "config"], "the node is a pure stepper"),
     ("state", &["storage", "metrics", "config"], "the state machine is pure"),
+    ("bolt", &["pb"], "a file format knows nothing of what is in the files"),
     ("mvcc", &["log", "storage", "metrics", "config"], "the store is pure"),
     ("lease", &["log", "storage", "metrics", "config"], "leases are pure"),
 ];
@@ -48,6 +50,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("protobuf", &["raft"]),
     ("slog", &["raft"]),
     ("sled", &["storage"]),
+    ("ring", &["backup"]),
     ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),
