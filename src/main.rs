@@ -1,9 +1,11 @@
-//! The kvorum binary: flags → [`Config`] → [`Server`] → a signal → shutdown.
+//! The kvorum binary: flags → [`Config`] → [`Server`] → a signal → shutdown. Commands that are
+//! no server (`kvorum snapshot …`) are in `cli`.
 //!
 //! Exit codes: 0 after SIGTERM or SIGINT, and when the member was removed from its cluster;
 //! 1 when the configuration cannot be used or the server failed; 2 when the command line
 //! cannot be read. A second signal during the shutdown ends the process at once.
 
+mod cli;
 mod logging;
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 mod memory;
@@ -22,6 +24,9 @@ use tracing::{error, info, warn};
 const SNAPSHOT_LIMIT: &str = "KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC";
 
 fn main() -> ExitCode {
+    if let Some(exit_code) = cli::run(std::env::args_os().skip(1)) {
+        return exit_code;
+    }
     match config::parse(std::env::args_os().skip(1), std::env::vars_os()) {
         // Standard output may be a closed pipe: nothing is lost that anybody waits for.
         Outcome::Print(text) => drop(io::stdout().write_all(text.as_bytes())),

@@ -12,7 +12,7 @@ use sources::{Source, library};
 
 /// From the top down. A room may name those on lower levels, none on its own.
 const LEVELS: &[&[&str]] = &[
-    &["main", "logging", "memory", "systemd"],
+    &["main", "cli", "logging", "memory", "systemd"],
     &["server", "simulation"],
     &["api", "client"],
     &["engine"],

@@ -6,6 +6,7 @@
 //! | Mvcc   | main, 8 bytes; sub, 8 bytes          | 1 byte (1 for a tombstone), `KeyValue`   |
 //! | Lease  | id, 8 bytes                          | `leasepb.Lease`                          |
 //! | Member | id, 8 bytes                          | `kvorumpb.MemberRecord`                  |
+//! | Auth, User, Role | as in etcd's buckets       | as in etcd's buckets                     |
 //!
 //! Numbers are big-endian, so records are in revision order.
 
@@ -20,7 +21,7 @@ use super::pins::Pins;
 use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
-use crate::state::{Cut, Restored, StateMachine};
+use crate::state::{AuthRow, AuthTable, Cut, Restored, StateMachine};
 use crate::storage::{Batch, Storage, StorageError, Table};
 
 /// The key of the one record in the table Head.
@@ -65,6 +66,15 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
     value
 }
 
+/// The table of the rows about `of`.
+pub fn auth_table(of: AuthTable) -> Table {
+    match of {
+        AuthTable::Auth => Table::Auth,
+        AuthTable::User => Table::User,
+        AuthTable::Role => Table::Role,
+    }
+}
+
 /// Writes a cut and makes it durable. What compaction removed is not deleted yet
 /// ([`delete`]). Doing it again, after a failure, does no harm.
 ///
@@ -101,7 +111,7 @@ fn write_in_batches(
     storage: &mut dyn Storage,
     cut: &Cut,
     held: i64,
-    splits_leases: bool,
+    is_new: bool,
 ) -> Result<(), StorageError> {
     let mut batch = Batch::new();
     #[cfg(test)]
@@ -122,7 +132,14 @@ fn write_in_batches(
             Some(lease) => batch.put(Table::Lease, id, lease.encode_to_vec()),
             None => batch.delete(Table::Lease, id),
         }
-        if splits_leases && batch.is_full() {
+        if is_new && batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    // In a checkpoint that is not new they are already.
+    for AuthRow { table, key, value } in cut.auth.iter().filter(|_| is_new) {
+        batch.put(auth_table(*table), key.clone(), value.clone());
+        if batch.is_full() {
             storage.write(std::mem::take(&mut batch))?;
         }
     }
@@ -220,7 +237,14 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
         .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;
     let leases: Vec<Lease> = decode_all(storage, Table::Lease)?;
-    Ok(Restored { head, members, leases, store })
+    let mut auth = Vec::new();
+    for table in [AuthTable::Auth, AuthTable::User, AuthTable::Role] {
+        for_each(storage, auth_table(table), |key, value| {
+            auth.push(AuthRow { table, key: Bytes::copy_from_slice(key), value });
+            Ok(())
+        })?;
+    }
+    Ok(Restored { head, members, leases, auth, store })
 }
 
 /// Shows `visit` all records of a table, until it fails.
