@@ -50,7 +50,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("protobuf", &["raft"]),
     ("slog", &["raft"]),
     ("sled", &["storage"]),
-    ("ring", &["backup"]),
+    ("ring", &["api", "backup"]),
     ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),

@@ -150,7 +150,7 @@ fn cluster(text: &str) -> Result<Vec<(String, Vec<String>)>, Failure> {
 }
 
 fn url_of(text: &str) -> Result<String, String> {
-    let url: Url = text.trim().parse().map_err(|error| format!("{error}"))?;
+    let url: Url = text.trim().parse()?;
     Ok(url.as_str().to_owned())
 }
 

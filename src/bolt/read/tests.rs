@@ -80,8 +80,11 @@ fn leaf(flags: u32, rows: &[(&[u8], &[u8])]) -> Vec<u8> {
     [elements, content].concat()
 }
 
+/// A key and its value.
+type Pair = (Vec<u8>, Vec<u8>);
+
 /// The rows of the one bucket.
-fn rows(bytes: &[u8]) -> Result<Vec<(Vec<u8>, Vec<u8>)>, ReadError> {
+fn rows(bytes: &[u8]) -> Result<Vec<Pair>, ReadError> {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(bytes).unwrap();
     let database = Database::open(file, bytes.len() as u64)?;
