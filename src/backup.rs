@@ -15,8 +15,18 @@
 //!
 //! All of them are there, empty or not. A snapshot file is such a database (`bolt`), and behind
 //! it its SHA-256.
+//!
+//! * [`encode`]: from records to rows.
+//! * [`decode`]: from rows to records.
+//! * [`file`]: a snapshot file, and whether its hash is right.
+//! * [`status`]: what `snapshot status` says of a file.
+//! * [`wal`]: etcd's log, as far as it says whether a database is complete.
 
+pub mod decode;
 pub mod encode;
+pub mod file;
+pub mod status;
+pub mod wal;
 
 /// The name of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

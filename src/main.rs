@@ -1,4 +1,5 @@
-//! The kvorum binary: flags → [`Config`] → [`Server`] → a signal → shutdown.
+//! The kvorum binary: flags → [`Config`] → [`Server`] → a signal → shutdown. Commands that are
+//! no server (`kvorum snapshot …`) are in `cli`.
 //!
 //! Exit codes: 0 after SIGTERM or SIGINT, and when the member was removed from its cluster;
 //! 1 when the configuration cannot be used or the server failed; 2 when the command line
@@ -23,8 +24,8 @@ use tracing::{error, info, warn};
 const SNAPSHOT_LIMIT: &str = "KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC";
 
 fn main() -> ExitCode {
-    if let Some(arguments) = snapshot_save() {
-        return ExitCode::from(cli::save::run(&arguments, &|name| std::env::var(name).ok()));
+    if let Some(exit_code) = cli::run(std::env::args_os().skip(1)) {
+        return exit_code;
     }
     match config::parse(std::env::args_os().skip(1), std::env::vars_os()) {
         // Standard output may be a closed pipe: nothing is lost that anybody waits for.
@@ -50,13 +51,6 @@ fn main() -> ExitCode {
         }
     }
     ExitCode::SUCCESS
-}
-
-/// The arguments behind `snapshot save`, if that is what the program is to do.
-fn snapshot_save() -> Option<Vec<String>> {
-    let mut arguments = std::env::args_os().skip(1);
-    let is_save = arguments.next()? == "snapshot" && arguments.next()? == "save";
-    is_save.then(|| arguments.map(|argument| argument.to_string_lossy().into_owned()).collect())
 }
 
 fn fail(message: &str, exit_code: u8) -> ExitCode {

@@ -509,6 +509,9 @@ flags! {
         /// Make a cluster of one out of the data of a larger one, when its majority is lost. All
         /// other members are removed; start without it afterwards.
         "force-new-cluster" force_new_cluster: bool = false, Same, Works;
+        /// Go on with the data of a stopped etcd, a cluster's only member, that lies in the data
+        /// directory. Its files are kept aside. Without it such a directory is refused.
+        "import-etcd-data" import_etcd_data: bool = false, Same, Works;
         /// Do not wait for the disk: faster, and a power cut loses data. For tests.
         "unsafe-no-fsync" unsafe_no_fsync: bool = false, Same, Works;
     }

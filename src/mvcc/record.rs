@@ -280,6 +280,15 @@ struct Head {
     version: i64,
 }
 
+/// Whether a record is one that [`Store::restore`] takes; it has to come after those before it,
+/// too. Returns its key.
+///
+/// # Errors
+/// [`RestoreError::Damaged`].
+pub fn check(found: Revision, tombstone: bool, kv: &Bytes) -> Result<Box<[u8]>, RestoreError> {
+    decode(found, tombstone, kv.clone()).map(|(key, _)| key)
+}
+
 /// The version a record holds, and its key.
 fn decode(
     found: Revision,
@@ -287,6 +296,13 @@ fn decode(
     kv: Bytes,
 ) -> Result<(Box<[u8]>, Version), RestoreError> {
     let damaged = |problem| RestoreError::Damaged { found, problem };
+    // Restoring with a higher revision leaves such a record (`etcdutl snapshot restore
+    // --bump-revision`): to etcd it is a put of the key without a name, which no request can
+    // name, and it is part of its hashes.
+    if kv.is_empty() && !tombstone {
+        let version = Version { revision: found, create_revision: found.main, version: 1, kv };
+        return Ok((Box::default(), version));
+    }
     let head = Head::decode(kv.as_ref()).map_err(|_| damaged("it is not a KeyValue"))?;
     if head.key.is_empty() {
         return Err(damaged("it has no key"));

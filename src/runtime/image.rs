@@ -37,7 +37,7 @@ use crate::net::snapshot::{Image, ImageLost, SendError};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::raft::Configuration;
-use crate::state::{Restored, StateMachine};
+use crate::state::{AuthRow, Restored, StateMachine};
 use crate::storage::image::{FRAME_BYTES, ImageError, ImageRecord, ImageWriter};
 use crate::storage::spool::Spool;
 use crate::storage::{Batch, Storage, StorageError, Table};
@@ -54,6 +54,7 @@ pub struct Source {
     head: CheckpointHead,
     members: Vec<MemberRecord>,
     leases: Vec<Lease>,
+    auth: Arc<[AuthRow]>,
     /// The walk as it began, for beginning again.
     start: RecordsWalk,
     state: SharedState,
@@ -78,6 +79,7 @@ struct Progress {
     offset: u64,
     members: usize,
     leases: usize,
+    auth: usize,
     walk: RecordsWalk,
     ended: bool,
 }
@@ -85,7 +87,7 @@ struct Progress {
 impl Progress {
     fn new(walk: RecordsWalk) -> Progress {
         let writer = ImageWriter::new();
-        Progress { writer, offset: 0, members: 0, leases: 0, walk, ended: false }
+        Progress { writer, offset: 0, members: 0, leases: 0, auth: 0, walk, ended: false }
     }
 }
 
@@ -99,6 +101,7 @@ impl Source {
             head: held.head(),
             members: held.members().records(),
             leases: held.lessor().iter().map(|lease| lease.to_record()).collect(),
+            auth: held.auth_rows(),
             pin: pins.pin(start.floor()),
             progress: Progress::new(start.clone()),
             start,
@@ -116,13 +119,16 @@ impl Source {
 
     /// Adds what comes next to the writer.
     fn step(&mut self) -> Result<(), ImageLost> {
-        let Progress { writer, members, leases, walk, ended, .. } = &mut self.progress;
+        let Progress { writer, members, leases, auth, walk, ended, .. } = &mut self.progress;
         if let Some(member) = self.members.get(*members) {
             writer.put(Table::Member, &member.id.to_be_bytes(), [&[], &member.encode_to_vec()]);
             *members += 1;
         } else if let Some(lease) = self.leases.get(*leases) {
             writer.put(Table::Lease, &lease.id.to_be_bytes(), [&[], &lease.encode_to_vec()]);
             *leases += 1;
+        } else if let Some(AuthRow { table, key, value }) = self.auth.get(*auth) {
+            writer.put(records::auth_table(*table), key, [&[], value]);
+            *auth += 1;
         } else if !walk.is_done() {
             let mut found = Vec::new();
             {

@@ -6,6 +6,7 @@
 //! | Mvcc   | main, 8 bytes; sub, 8 bytes          | 1 byte (1 for a tombstone), `KeyValue`   |
 //! | Lease  | id, 8 bytes                          | `leasepb.Lease`                          |
 //! | Member | id, 8 bytes                          | `kvorumpb.MemberRecord`                  |
+//! | Auth, User, Role | as in etcd's buckets       | as in etcd's buckets                     |
 //!
 //! Numbers are big-endian, so records are in revision order.
 
@@ -20,7 +21,7 @@ use super::pins::Pins;
 use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
-use crate::state::{Cut, Restored, StateMachine};
+use crate::state::{AuthRow, AuthTable, Cut, Restored, StateMachine};
 use crate::storage::{BATCH_MAX_CHANGES, Batch, Storage, StorageError, Table};
 
 /// The key of the one record in the table Head.
@@ -63,6 +64,15 @@ pub fn value(tombstone: bool, kv: &[u8]) -> Vec<u8> {
     value.push(u8::from(tombstone));
     value.extend_from_slice(kv);
     value
+}
+
+/// The table of the rows about `of`.
+pub fn auth_table(of: AuthTable) -> Table {
+    match of {
+        AuthTable::Auth => Table::Auth,
+        AuthTable::User => Table::User,
+        AuthTable::Role => Table::Role,
+    }
 }
 
 /// Writes a cut and makes it durable. What compaction removed is not deleted yet
@@ -117,11 +127,7 @@ thread_local! {
 }
 
 /// Writes what is no record of a version, and syncs.
-fn write_rest(
-    storage: &mut dyn Storage,
-    cut: &Cut,
-    splits_leases: bool,
-) -> Result<(), StorageError> {
+fn write_rest(storage: &mut dyn Storage, cut: &Cut, is_new: bool) -> Result<(), StorageError> {
     let mut batch = Batch::new();
     for (id, lease) in &cut.dirty.leases {
         let id = Bytes::copy_from_slice(&id.to_be_bytes());
@@ -129,7 +135,14 @@ fn write_rest(
             Some(lease) => batch.put(Table::Lease, id, lease.encode_to_vec()),
             None => batch.delete(Table::Lease, id),
         }
-        if splits_leases && batch.is_full() {
+        if is_new && batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    // In a checkpoint that is not new they are already.
+    for AuthRow { table, key, value } in cut.auth.iter().filter(|_| is_new) {
+        batch.put(auth_table(*table), key.clone(), value.clone());
+        if batch.is_full() {
             storage.write(std::mem::take(&mut batch))?;
         }
     }
@@ -246,7 +259,14 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
         .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;
     let leases: Vec<Lease> = decode_all(storage, Table::Lease)?;
-    Ok(Restored { head, members, leases, store })
+    let mut auth = Vec::new();
+    for table in [AuthTable::Auth, AuthTable::User, AuthTable::Role] {
+        for_each(storage, auth_table(table), |key, value| {
+            auth.push(AuthRow { table, key: Bytes::copy_from_slice(key), value });
+            Ok(())
+        })?;
+    }
+    Ok(Restored { head, members, leases, auth, store })
 }
 
 /// Shows `visit` all records of a table, until it fails.

@@ -41,8 +41,10 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use super::force::{self, ForceError};
+use super::import::{self, ImportError};
 use super::join::{self, JoinError};
 use super::records::{self, RecoverError};
+use super::stage;
 use crate::log::{
     HardState, Identity, Log, LogError, LogStore, Mark, MemoryDisk, MemoryLog, Options, Recovered,
     SEGMENT_BYTES_DEFAULT,
@@ -75,6 +77,8 @@ pub struct Bootstrap {
     pub max_learners: u64,
     /// `--force-new-cluster`: a member that was here before goes on without the others.
     pub force_new_cluster: bool,
+    /// `--import-etcd-data`: a stopped etcd's data directory becomes this member's.
+    pub import_etcd_data: bool,
 }
 
 impl Bootstrap {
@@ -135,13 +139,29 @@ pub enum OpenError {
         /// Why not.
         error: io::Error,
     },
-    /// The directory holds another program's data.
+    /// The directory holds an etcd's data.
     #[error(
-        "{} holds the data of an etcd member, which this version cannot take over: \
-         set --data-dir to an empty directory and copy the keys, for example with `etcdctl make-mirror`",
+        "{} holds the data of an etcd member: to go on with it, stop that etcd, and start once \
+         with --import-etcd-data (its files are kept aside); or set --data-dir to another directory",
         .0.display()
     )]
-    ForeignData(PathBuf),
+    EtcdsData(PathBuf),
+    /// The directory holds an etcd's data, and a checkpoint.
+    #[error(
+        "{} holds data of kvorum, and a member/snap/db, which is an etcd's: both programs were \
+         started on it. Move member/snap/db, with member/wal/*.wal, away, or set --data-dir to \
+         another directory", .0.display()
+    )]
+    EtcdsDataToo(PathBuf),
+    /// An etcd's data cannot be imported.
+    #[error("cannot import: {0}")]
+    Import(#[from] ImportError),
+    /// Somebody wanted other data served than none.
+    #[error(
+        "a restore was cut short and left {}: run `kvorum snapshot restore` again, or remove that \
+         directory", .0.display()
+    )]
+    RestoreCutShort(PathBuf),
     /// The member is not part of the cluster it is to found.
     #[error("--initial-cluster does not contain --name={0}; add {0}=<peer url> to it")]
     NotInCluster(String),
@@ -252,7 +272,10 @@ pub fn is_new(place: &Place) -> Result<bool, OpenError> {
         Place::Memory => Ok(true),
         Place::Disk { data_dir, .. } => {
             check_directory(data_dir)?;
-            Ok(DiskGenerations::is_new(&data_dir.join("member"))?)
+            let is_made =
+                stage::is_left(data_dir).and_then(|left| Ok(left || import::is_etcds(data_dir)?));
+            Ok(!is_made.map_err(|error| unusable(data_dir, error))?
+                && DiskGenerations::is_new(&data_dir.join("member"))?)
         }
     }
 }
@@ -261,7 +284,35 @@ pub fn is_new(place: &Place) -> Result<bool, OpenError> {
 fn check_directory(data_dir: &Path) -> Result<(), OpenError> {
     if data_dir.exists() && !data_dir.is_dir() {
         let error = io::Error::from(io::ErrorKind::NotADirectory);
-        return Err(OpenError::Directory { path: data_dir.to_owned(), flag: "data-dir", error });
+        return Err(unusable(data_dir, error));
+    }
+    Ok(())
+}
+
+fn unusable(data_dir: &Path, error: io::Error) -> OpenError {
+    OpenError::Directory { path: data_dir.to_owned(), flag: "data-dir", error }
+}
+
+/// What a restore or an import has left is completed, or refused; an etcd's data is imported, or
+/// refused.
+fn adopt(
+    data_dir: &Path,
+    wal_dir: Option<&Path>,
+    fsync: bool,
+    bootstrap: &Bootstrap,
+) -> Result<(), OpenError> {
+    let failed = |error| unusable(data_dir, error);
+    let is_cut_short = stage::complete(data_dir).map_err(failed)?;
+    if import::is_etcds(data_dir).map_err(failed)? {
+        if !DiskGenerations::is_new(&data_dir.join("member"))? {
+            return Err(OpenError::EtcdsDataToo(data_dir.to_owned()));
+        }
+        if !bootstrap.import_etcd_data {
+            return Err(OpenError::EtcdsData(data_dir.to_owned()));
+        }
+        import::import(data_dir, wal_dir, fsync)?;
+    } else if is_cut_short {
+        return Err(OpenError::RestoreCutShort(stage::directory(data_dir)));
     }
     Ok(())
 }
@@ -284,9 +335,7 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
                 fsync: *fsync,
             };
             check_directory(data_dir)?;
-            if disk.member_dir.join("snap").join("db").exists() {
-                return Err(OpenError::ForeignData(data_dir.clone()));
-            }
+            adopt(data_dir, wal_dir.as_deref(), *fsync, bootstrap)?;
             if DiskGenerations::is_new(&disk.member_dir)? {
                 disk.begin(wal_dir.is_some(), bootstrap)
             } else {

@@ -30,7 +30,7 @@ use crate::backup::{Bucket, Digest};
 use crate::bolt::write::{Plan, WriteError, Writer};
 use crate::metrics::Metrics;
 use crate::mvcc::{Revision, RevisionWalk};
-use crate::state::StateMachine;
+use crate::state::{AuthRow, AuthTable, StateMachine};
 
 /// The length of a blob; etcd's value.
 pub const BLOB_BYTES: usize = 32 * 1024;
@@ -75,6 +75,15 @@ pub enum SaveError {
     Write(#[from] WriteError),
 }
 
+fn auth_row(row: &AuthRow) -> (Bucket, Bytes, Bytes) {
+    let bucket = match row.table {
+        AuthTable::Auth => Bucket::Auth,
+        AuthTable::User => Bucket::AuthUsers,
+        AuthTable::Role => Bucket::AuthRoles,
+    };
+    (bucket, row.key.clone(), row.value.clone())
+}
+
 /// A piece of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blob {
@@ -107,7 +116,7 @@ impl Save {
             head: held.head(),
             members: held.members().records(),
             leases: held.lessor().iter().map(|lease| lease.to_record()).collect(),
-            auth: Vec::new(),
+            auth: held.auth_rows().iter().map(auth_row).collect(),
         };
         let pin = pins.pin(start.floor());
         let held = (0, Revision::new(start.floor(), 0));

@@ -483,6 +483,7 @@ fn bootstrap(config: &Config) -> Bootstrap {
         running: None,
         max_learners: config.max_learners,
         force_new_cluster: config.force_new_cluster,
+        import_etcd_data: config.import_etcd_data,
     }
 }
 

@@ -261,6 +261,7 @@ fn bootstrap(members: usize, name: usize) -> Bootstrap {
         running: None,
         max_learners: 1,
         force_new_cluster: false,
+        import_etcd_data: false,
     }
 }
 

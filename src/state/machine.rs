@@ -11,6 +11,7 @@
 //! a consistent picture of everything that changed up to one index.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -126,6 +127,29 @@ impl Dirty {
     }
 }
 
+/// What a row of authentication is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AuthTable {
+    /// Whether it is on, and its revision.
+    Auth,
+    /// Users by name.
+    User,
+    /// Roles by name.
+    Role,
+}
+
+/// A row of etcd's buckets of authentication, as a snapshot file brought it. There is no
+/// authentication yet: the rows are carried, so that they are there when a snapshot is saved.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct AuthRow {
+    /// What it is about.
+    pub table: AuthTable,
+    /// The row's key.
+    pub key: Bytes,
+    /// The row's value.
+    pub value: Bytes,
+}
+
 /// Everything that changed up to one index, with what is written whole.
 #[derive(Debug)]
 pub struct Cut {
@@ -133,6 +157,8 @@ pub struct Cut {
     pub head: CheckpointHead,
     /// All members.
     pub members: Vec<MemberRecord>,
+    /// The rows of authentication. They do not change: a checkpoint that has them keeps them.
+    pub auth: Arc<[AuthRow]>,
     /// The changes since the cut before.
     pub dirty: Dirty,
 }
@@ -145,6 +171,8 @@ pub struct Restored {
     pub members: Vec<MemberRecord>,
     /// As written.
     pub leases: Vec<leasepb::Lease>,
+    /// As written, in order.
+    pub auth: Vec<AuthRow>,
     /// The keys and their history.
     pub store: Store,
 }
@@ -176,6 +204,7 @@ pub struct StateMachine {
     member_id: u64,
     cluster_version: String,
     alarms: BTreeSet<(u64, i32)>,
+    auth: Arc<[AuthRow]>,
     applied: Mark,
     rolling: RollingHash,
     dirty: Dirty,
@@ -215,6 +244,7 @@ impl StateMachine {
             member_id,
             cluster_version,
             alarms: BTreeSet::new(),
+            auth: Arc::default(),
             applied,
             rolling: RollingHash::default(),
             dirty: Dirty { rest: true, ..Dirty::default() },
@@ -223,7 +253,7 @@ impl StateMachine {
 
     /// The state that a checkpoint holds.
     pub fn restore(restored: Restored) -> StateMachine {
-        let Restored { head, members, leases, store } = restored;
+        let Restored { head, members, leases, auth, store } = restored;
         let mut lessor = Lessor::restore(leases);
         let everything = KeyRange { start: Bytes::new(), end: RangeEnd::Open };
         store.scan(&everything, store.revision(), usize::MAX, &mut |key, version| {
@@ -236,6 +266,7 @@ impl StateMachine {
             member_id: head.member_id,
             cluster_version: head.cluster_version,
             alarms: head.alarms.iter().map(|alarm| (alarm.member_id, alarm.alarm)).collect(),
+            auth: auth.into(),
             applied: Mark { index: head.applied_index, term: head.applied_term },
             rolling: RollingHash::restore(head.rolling_hash),
             dirty: Dirty::default(),
@@ -306,6 +337,10 @@ impl StateMachine {
         for alarm in self.alarms(AlarmType::None) {
             rest.add(&alarm.encode_to_vec());
         }
+        for row in self.auth.iter() {
+            rest.add(&row.key);
+            rest.add(&row.value);
+        }
         rest
     }
 
@@ -328,6 +363,11 @@ impl StateMachine {
     /// What changed since the last cut.
     pub fn dirty(&self) -> &Dirty {
         &self.dirty
+    }
+
+    /// The rows of authentication that a snapshot file brought, in order.
+    pub fn auth_rows(&self) -> Arc<[AuthRow]> {
+        Arc::clone(&self.auth)
     }
 
     /// Active alarms of one type, or of all types for `NONE`, by member.
@@ -454,14 +494,14 @@ impl StateMachine {
     /// Takes away what changed since the last cut.
     pub fn cut(&mut self) -> Cut {
         let dirty = std::mem::take(&mut self.dirty);
-        Cut { head: self.head(), members: self.members.records(), dirty }
+        Cut { head: self.head(), members: self.members.records(), auth: self.auth_rows(), dirty }
     }
 
     /// Everything but the records, as a cut. Takes nothing away.
     pub fn image_without_records(&self) -> Cut {
         let leases = self.lessor.iter().map(|lease| (lease.id(), Some(lease.to_record())));
         let dirty = Dirty { leases: leases.collect(), rest: true, ..Dirty::default() };
-        Cut { head: self.head(), members: self.members.records(), dirty }
+        Cut { head: self.head(), members: self.members.records(), auth: self.auth_rows(), dirty }
     }
 
     /// How far the state is, and the small things in it.

@@ -17,4 +17,6 @@ pub mod txn;
 
 #[cfg(test)]
 pub(crate) use machine::TRUSTS_STALE_LEADERS;
-pub use machine::{Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine};
+pub use machine::{
+    AuthRow, AuthTable, Cut, Dirty, Effects, LeaseChange, Outcome, Response, Restored, StateMachine,
+};

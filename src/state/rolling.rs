@@ -33,6 +33,7 @@ const MEMBER_REMOVED: u64 = 6;
 const ALARM: u64 = 7;
 const ALARM_DISARMED: u64 = 8;
 const COMPACTION: u64 = 9;
+const AUTH_ROW: u64 = 10;
 
 /// See the module documentation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -50,19 +51,24 @@ impl RollingHash {
     }
 
     /// An entry begins, whatever it does.
-    pub(super) fn entry(&mut self, entry: Mark) {
+    pub fn entry(&mut self, entry: Mark) {
         self.fold([ENTRY, entry.index, entry.term]);
     }
 
     /// A version of a key was written, or its tombstone.
-    pub(super) fn record(&mut self, revision: Revision, tombstone: bool, kv: &[u8]) {
+    pub fn record(&mut self, revision: Revision, tombstone: bool, kv: &[u8]) {
         let kind = RECORD | u64::from(tombstone) << 32;
         let Revision { main, sub } = revision;
         self.fold([kind, main.cast_unsigned(), sub.cast_unsigned(), checksum(kv)]);
     }
 
+    /// A row of authentication is carried, from a file that was restored.
+    pub fn auth_row(&mut self, table: u64, key: &[u8], value: &[u8]) {
+        self.fold([AUTH_ROW | table << 32, checksum(key), checksum(value)]);
+    }
+
     /// A lease is as in the record now; `None`: it has ended.
-    pub(super) fn lease(&mut self, id: i64, lease: Option<&leasepb::Lease>) {
+    pub fn lease(&mut self, id: i64, lease: Option<&leasepb::Lease>) {
         match lease {
             Some(lease) => self.fold([
                 LEASE,
@@ -75,7 +81,7 @@ impl RollingHash {
     }
 
     /// A member is as in the record now; `None`: there is none of this id.
-    pub(super) fn member(&mut self, id: u64, member: Option<&MemberRecord>) {
+    pub fn member(&mut self, id: u64, member: Option<&MemberRecord>) {
         match member {
             Some(member) => self.fold([MEMBER, id, checksum(&member.encode_to_vec())]),
             None => self.fold([MEMBER_REMOVED, id]),
@@ -83,13 +89,13 @@ impl RollingHash {
     }
 
     /// An alarm is active now, or no longer.
-    pub(super) fn alarm(&mut self, member: u64, alarm: i32, active: bool) {
+    pub fn alarm(&mut self, member: u64, alarm: i32, active: bool) {
         let what = if active { ALARM } else { ALARM_DISARMED };
         self.fold([what, member, u64::from(alarm.cast_unsigned())]);
     }
 
     /// History before a revision was given up.
-    pub(super) fn compaction(&mut self, revision: i64) {
+    pub fn compaction(&mut self, revision: i64) {
         self.fold([COMPACTION, revision.cast_unsigned()]);
     }
 
@@ -142,6 +148,10 @@ mod tests {
             &|hash| hash.alarm(1, 2, true),
             &|hash| hash.compaction(1),
             &|hash| hash.compaction(2),
+            &|hash| hash.auth_row(1, b"a", b"b"),
+            &|hash| hash.auth_row(2, b"a", b"b"),
+            &|hash| hash.auth_row(1, b"b", b"b"),
+            &|hash| hash.auth_row(1, b"a", b""),
         ];
         let mut values = BTreeSet::new();
         for (at, fold) in folds.iter().enumerate() {

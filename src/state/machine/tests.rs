@@ -451,9 +451,15 @@ fn what_is_applied_differently_shows_in_the_rolling_hash() {
 fn the_rolling_hash_goes_on_after_a_restart() {
     let mut member = Member::new();
     member.done(put("a", 0));
-    let Cut { head, members, dirty } = member.state.cut();
+    let Cut { head, members, dirty, .. } = member.state.cut();
     let store = Store::restore(dirty.records, head.revision, head.compact_revision).unwrap();
-    let state = StateMachine::restore(Restored { head, members, leases: Vec::new(), store });
+    let state = StateMachine::restore(Restored {
+        head,
+        members,
+        leases: Vec::new(),
+        auth: Vec::new(),
+        store,
+    });
     let mut restarted = Member { state, index: member.index, effects: Effects::default() };
     for member in [&mut member, &mut restarted] {
         member.done(put("b", 0));
