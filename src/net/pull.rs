@@ -16,8 +16,8 @@ use std::pin::Pin;
 
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::snapshot::{CHUNKS_IN_FLIGHT, HasRoom, Image, STALL_MAX, Throttle};
@@ -84,7 +84,8 @@ pub fn offer<I: Image>(mut image: I, bytes_per_sec: u64, hold: impl Send + 'stat
             image.restart();
         }
         let (id, index, term) = (image.id(), image.index(), image.term());
-        let mut next = Some(Part::Begin(SnapshotBegin { id, index, term, message: Default::default() }));
+        let mut next =
+            Some(Part::Begin(SnapshotBegin { id, index, term, message: Default::default() }));
         let mut throttle = Throttle::new(bytes_per_sec);
         while let Some(part) = next.take() {
             let is_end = matches!(part, Part::End(_));
@@ -131,7 +132,8 @@ where
     let mut begin: Option<SnapshotBegin> = None;
     let mut spool = spools.begin()?.ok_or(PullError::NoRoom)?;
     loop {
-        let chunk = timeout(STALL_MAX, chunks.message()).await.map_err(|_| PullError::Stalled)??;
+        let chunk =
+            timeout(STALL_MAX, chunks.message()).await.map_err(|_| PullError::Stalled)??;
         match chunk.and_then(|chunk| chunk.part) {
             Some(Part::Begin(first)) if begin.is_none() => begin = Some(first),
             Some(Part::Data(data)) => {

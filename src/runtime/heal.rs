@@ -51,7 +51,7 @@
 //! truncation. Afterwards only a snapshot that somebody saved can help, and the error says so.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::image::{self, FillError};
@@ -96,7 +96,9 @@ pub enum ReplaceError {
         least: u64,
     },
     /// This member has never been in it, or has left.
-    #[error("this member, {0:x}, is not a member in its state: it was removed, or is yet to be added")]
+    #[error(
+        "this member, {0:x}, is not a member in its state: it was removed, or is yet to be added"
+    )]
     NotAMember(u64),
     /// It contradicts what is known to be committed.
     #[error(

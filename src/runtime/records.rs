@@ -10,6 +10,7 @@
 //! Numbers are big-endian, so records are in revision order.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -21,7 +22,7 @@ use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::state::{Cut, Restored, StateMachine};
-use crate::storage::{Batch, Storage, StorageError, Table};
+use crate::storage::{Batch, SledStorage, Storage, StorageError, Table};
 
 /// The key of the one record in the table Head.
 pub const HEAD: &[u8] = b"head";
@@ -221,6 +222,25 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;
     let leases: Vec<Lease> = decode_all(storage, Table::Lease)?;
     Ok(Restored { head, members, leases, store })
+}
+
+/// What can still be read of a damaged checkpoint; each part that is here is intact.
+#[derive(Debug, Default)]
+pub struct Legible {
+    /// How far it goes.
+    pub head: Option<CheckpointHead>,
+    /// All members; none if one of them is illegible.
+    pub members: Vec<MemberRecord>,
+}
+
+/// Reads what can be read of a damaged checkpoint.
+pub fn legible(dir: &Path) -> Legible {
+    let Ok(storage) = SledStorage::open(dir) else { return Legible::default() };
+    let head = storage.get(Table::Head, HEAD).ok().flatten();
+    Legible {
+        head: head.and_then(|head| decode(Table::Head, head).ok()),
+        members: decode_all(&storage, Table::Member).unwrap_or_default(),
+    }
 }
 
 /// Shows `visit` all records of a table, until it fails.
