@@ -33,8 +33,8 @@
 //! ```text
 //! byte 0       8        12   16          24         32        40    48            56
 //!      KVORUMLG│version │0   │cluster_id │member_id │sequence │salt │previous_end │next_index
-//!      64    72    80      88           96          104               4092   4096
-//!      term  │vote │commit │start.index │start.term │0 …            0│crc32c│
+//!      64    72    80      88           96          104         112     4092   4096
+//!      term  │vote │commit │start.index │start.term │file_bytes │0 …  0│crc32c│
 //! ```
 //!
 //! A **record** is one append, most often one raft `Ready`, whole or not there:

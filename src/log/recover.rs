@@ -25,6 +25,10 @@
 //! where the checkpoint cannot be read any more ([`REACHES_UNKNOWN`]): nothing then vouches for the
 //! last batch but the log, on a disk that has just lost something.
 //!
+//! A last segment whose file is shorter than when it was begun, as its header tells, was cut by
+//! somebody else, and how much of the log with it cannot be told: **damage**. No crash does that, for
+//! the file has its size on the disk before it is a segment.
+//!
 //! The claim counts even when only the header of a record is valid, for the header alone
 //! makes it. What the rule cannot see is damage in the very last batch, behind which
 //! nothing was ever written: it looks like a torn one, and is cut and reported. An orderly
@@ -140,6 +144,12 @@ pub(super) fn read(
         match sealed_end {
             Some(end) if offset == end => {}
             Some(_) => return Err(reader.damaged(offset, "a record does not verify")),
+            // Sealed ones end where the next one says, however long their files are.
+            None if reader.file_bytes < reader.header.file_bytes => {
+                let (is, was) = (reader.file_bytes, reader.header.file_bytes);
+                let what = format!("the file ends there, and had {was} bytes when it was begun");
+                return Err(reader.damaged(is, &what));
+            }
             None if reaches != REACHES_UNKNOWN && replay.bounds.last_index() < reaches => {
                 let last = replay.bounds.last_index();
                 let what = format!(

@@ -141,7 +141,8 @@ impl Damage {
             return Err(both(missing, known.member_id));
         }
         let reaches = match &legible.head {
-            // What was installed was never in this log.
+            // An old one knows nothing of the log's end. What was installed was never in this log.
+            _ if matches!(error, OpenError::CheckpointTooOld { .. }) => REACHES_UNKNOWN,
             Some(head) if head.installed => 0,
             Some(head) => head.applied_index,
             None => REACHES_UNKNOWN,

@@ -30,6 +30,7 @@
 //! | no `CURRENT`, no log, a checkpoint           | both of the above                    |
 //! | a log of another member or cluster           | one of them was put there by mistake |
 //! | a log that ends before the applied index     | its end was acknowledged             |
+//! | a log that begins behind the applied index   | the checkpoint is an old one         |
 //! | nothing, of a member that others saw running | it may have acknowledged what is gone |
 //!
 //! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not.
@@ -245,6 +246,22 @@ pub enum OpenError {
     /// The log failed.
     #[error("cannot open the raft log: {0}")]
     Log(#[from] LogError),
+    /// Between the checkpoint's end and the log's beginning entries are missing.
+    #[error(
+        "the checkpoint {} holds entries up to {applied}, and the raft log in {} goes on behind \
+         {start} only: the checkpoint is an older one than this log's. Put back the one that \
+         belongs to the log", checkpoint.display(), log.display()
+    )]
+    CheckpointTooOld {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// Its applied index.
+        applied: u64,
+        /// The log's directory.
+        log: PathBuf,
+        /// The index behind which it begins.
+        start: u64,
+    },
     /// The checkpoint is damaged, and so is the log, without which nothing can take its place.
     #[error(
         "{damage}; and the raft log, without which this member must not go on, cannot be used \
@@ -290,6 +307,7 @@ impl OpenError {
                 error.is_damage()
             }
             OpenError::Checkpoint(RecoverError::Record { .. }) => true,
+            OpenError::CheckpointTooOld { .. } => true,
             _ => false,
         }
     }
@@ -432,6 +450,14 @@ impl<'a> OnDisk<'a> {
         }
         if installed {
             complete_install(&mut log, &mut recovered, state.applied())?;
+        }
+        if applied < recovered.start.index {
+            return Err(OpenError::CheckpointTooOld {
+                checkpoint: generations.counting().unwrap_or_else(|| self.member_dir.clone()),
+                applied,
+                log: self.log_dir.clone(),
+                start: recovered.start.index,
+            });
         }
         if applied == 0 && !recovered.entries.is_empty() {
             return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));

@@ -13,4 +13,5 @@
 mod common;
 
 mod heal;
+mod mutated;
 mod rig;
