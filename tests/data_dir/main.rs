@@ -12,6 +12,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod formats;
 mod heal;
 mod mutated;
 mod rig;
