@@ -290,3 +290,6 @@ impl Damage {
         entry.map(|entry| entry.term)
     }
 }
+
+#[cfg(test)]
+mod tests;

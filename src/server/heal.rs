@@ -5,7 +5,7 @@
 //!   └─ the checkpoint is damaged ─▶ who is in the cluster?      ▲
 //!           any peer that answers, by the addresses left over   │
 //!        ─▶ each member in turn: its image, please ─▶ in place ─┘
-//!        ─▶ nobody has one, for ATTEMPTS_FOR: refuse to start
+//!        ─▶ nobody has one, for HEAL_FOR: refuse to start
 //! ```
 //!
 //! Why that is safe is in [`crate::runtime::heal`]. Asking happens before this member binds its peer
@@ -31,7 +31,7 @@ use crate::runtime::recover::{self, Bootstrap, OpenError, Place, Recovery};
 use crate::storage::spool::Spools;
 
 /// No attempt begins later than this after the first.
-const ATTEMPTS_FOR: Duration = Duration::from_secs(60);
+const HEAL_FOR: Duration = Duration::from_secs(60);
 /// Pause before the peers are asked again.
 const PAUSE: Duration = Duration::from_secs(1);
 /// Time a peer has to say who is in the cluster.
@@ -44,7 +44,7 @@ const MEMBERS_TIMEOUT: Duration = Duration::from_secs(5);
      could go on; none gave it one within {} s: {}. Start the other members, correct what they say, \
      and start this member again: nothing was changed. If they are lost, restore a snapshot for all \
      members: `kvorum snapshot restore <file> --data-dir <empty directory>`",
-    ATTEMPTS_FOR.as_secs(), errors.join("; ")
+    HEAL_FOR.as_secs(), errors.join("; ")
 )]
 pub struct NotHealed {
     /// What is damaged.
@@ -106,7 +106,7 @@ async fn from_a_peer(mut damage: Damage, connector: &Connector) -> Result<Damage
         for error in &errors.texts {
             tracing::warn!(error, "no state to go on from");
         }
-        if errors.are_final || began.elapsed() >= ATTEMPTS_FOR {
+        if errors.are_final || began.elapsed() >= HEAL_FOR {
             return Err(NotHealed { what: damage.what().to_owned(), errors: errors.texts }.into());
         }
         sleep(PAUSE).await;
@@ -204,4 +204,60 @@ async fn blocking<R: Send + 'static>(
     work: impl FnOnce() -> R + Send + 'static,
 ) -> Result<R, Fatal> {
     tokio::task::spawn_blocking(work).await.map_err(|error| Fatal::new(error.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io;
+    use std::sync::Arc;
+
+    use tonic::transport::{Endpoint, Uri};
+
+    use super::*;
+    use crate::net::BadUrl;
+
+    /// The connection that there never is.
+    type Never = hyper_util::rt::TokioIo<tokio::io::DuplexStream>;
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_nobody_helps_says_whom_it_asked_and_changes_nothing() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let names = [("a", "http://127.0.0.1:1"), ("b", "http://b.test:2"), ("c", "nonsense")];
+        let initial = names.map(|(name, url)| (name.to_owned(), vec![url.to_owned()]));
+        let bootstrap = Bootstrap {
+            initial_cluster: initial.into(),
+            name: "a".to_owned(),
+            cluster_version: "3.7.0".to_owned(),
+            ..Bootstrap::default()
+        };
+        let place = Place::Disk { data_dir: dir.path().to_owned(), wal_dir: None, fsync: false };
+        drop(recover::open(&place, &bootstrap).expect("it is made"));
+        fs::remove_dir_all(dir.path().join("member/ckpt-1")).expect("is there");
+        let connector: Connector = Arc::new(|url: &str| match url {
+            "nonsense" => Err(BadUrl { url: url.to_owned(), reason: "it is none".to_owned() }),
+            _ => {
+                let refused = |_: Uri| async { Err::<Never, _>(io::Error::other("refused")) };
+                let refuses = tower::service_fn(refused);
+                Ok(Endpoint::from_static("http://peer").connect_with_connector_lazy(refuses))
+            }
+        });
+        let began = Instant::now();
+        let error = open(place, bootstrap, &connector).await.err().expect("nobody helps");
+        assert!(began.elapsed() >= HEAL_FOR);
+        let error = error.to_string();
+        for words in [
+            "ckpt-1 is damaged",
+            "it is missing",
+            "http://b.test:2: ",
+            "refused",
+            "cannot connect to nonsense: it is none",
+            "Start the other members",
+            "kvorum snapshot restore",
+        ] {
+            assert!(error.contains(words), "{words:?} is not in {error}");
+        }
+        let current = fs::read_to_string(dir.path().join("member/CURRENT")).expect("is there");
+        assert!(current.starts_with("ckpt-1\n"), "{current}");
+    }
 }
