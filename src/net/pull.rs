@@ -164,3 +164,171 @@ async fn blocking<R: Send + 'static>(
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|error| PullError::Disk(std::io::Error::other(error)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::future::{Ready, ready};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use bytes::Bytes;
+    use tonic::Response;
+
+    use super::super::snapshot::ImageLost;
+    use super::*;
+    use crate::storage::Table;
+    use crate::storage::image::ImageWriter;
+
+    /// An image in pieces, of which so many can be had.
+    struct Pieces {
+        pieces: Vec<Bytes>,
+        next: usize,
+        lost_at: usize,
+    }
+
+    impl Image for Pieces {
+        fn id(&self) -> u64 {
+            7
+        }
+        fn index(&self) -> u64 {
+            42
+        }
+        fn term(&self) -> u64 {
+            3
+        }
+        fn offset(&self) -> u64 {
+            self.pieces.iter().take(self.next).map(|piece| piece.len() as u64).sum()
+        }
+        fn restart(&mut self) {
+            self.next = 0;
+        }
+        fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
+            if self.next == self.lost_at {
+                return Err(ImageLost);
+            }
+            self.next += 1;
+            Ok(self.pieces.get(self.next - 1).cloned())
+        }
+    }
+
+    fn pieces() -> Pieces {
+        let mut writer = ImageWriter::new();
+        for key in 0..4_u8 {
+            writer.put(Table::Mvcc, &[key], [&[], &vec![key; 200_000]]);
+        }
+        writer.end(b"head", b"the head");
+        let pieces = std::iter::from_fn(|| writer.take()).collect();
+        // As if a transfer to the same member had been interrupted.
+        Pieces { pieces, next: 2, lost_at: usize::MAX }
+    }
+
+    /// A peer that answers with this, called without a socket.
+    struct Answers(Option<ImageChunks>);
+
+    impl tonic::server::ServerStreamingService<PullImageRequest> for Answers {
+        type Response = SnapshotChunk;
+        type ResponseStream = ImageChunks;
+        type Future = Ready<Result<Response<ImageChunks>, Status>>;
+
+        fn call(&mut self, _: tonic::Request<PullImageRequest>) -> Self::Future {
+            ready(self.0.take().map(Response::new).ok_or_else(|| Status::aborted("once")))
+        }
+    }
+
+    async fn pull_of(chunks: ImageChunks, room: bool) -> Result<Pulled, PullError> {
+        let answers = Arc::new(parking_lot::Mutex::new(Some(chunks)));
+        let service = tower::service_fn(move |request: http::Request<tonic::body::Body>| {
+            let answer = Answers(answers.lock().take());
+            async move {
+                let codec = tonic_prost::ProstCodec::default();
+                let mut grpc = tonic::server::Grpc::new(codec);
+                Ok::<_, Infallible>(grpc.server_streaming(answer, request).await)
+            }
+        });
+        let spools = Spools::open(None).expect("in memory");
+        let has_room: HasRoom = Arc::new(move |_| room);
+        pull(PeerClient::new(service), 1, &spools, &has_room).await
+    }
+
+    fn answer(parts: Vec<Part>) -> ImageChunks {
+        let chunks = parts.into_iter().map(|part| Ok(SnapshotChunk { part: Some(part) }));
+        Box::pin(tokio_stream::iter(chunks.collect::<Vec<_>>()))
+    }
+
+    #[tokio::test]
+    async fn an_image_that_is_offered_arrives_from_its_beginning() {
+        let held = Arc::new(());
+        let mut pulled =
+            pull_of(offer(pieces(), 0, Arc::clone(&held)), true).await.expect("it arrives");
+        assert_eq!((pulled.index, pulled.term), (42, 3));
+        let whole: usize = pieces().pieces.iter().map(Bytes::len).sum();
+        assert_eq!(pulled.spool.len(), whole as u64);
+        pulled.spool.verify().expect("as it was made");
+        while Arc::strong_count(&held) > 1 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_no_whole_image_is_refused() {
+        let lost = Pieces { lost_at: 2, ..pieces() };
+        let error = pull_of(offer(lost, 0, ()), true).await.expect_err("the rest is lost");
+        assert!(error.to_string().contains("replaced while its image"), "{error}");
+        let error = pull_of(offer(pieces(), 0, ()), false).await.expect_err("no room");
+        assert!(matches!(error, PullError::NoRoom), "{error}");
+        let begin = || Part::Begin(SnapshotBegin::default());
+        for (parts, words) in [
+            (vec![], "ended before its end"),
+            (vec![begin(), begin()], "begins twice"),
+            (vec![begin(), Part::Data("x".into())], "ended before its end"),
+            (vec![begin(), Part::Data("x".into()), Part::End(2)], "some of it is missing"),
+            (vec![Part::End(0)], "does not say where it ends"),
+            (vec![begin(), Part::Data(vec![7; 100].into()), Part::End(100)], "no snapshot"),
+        ] {
+            let error = pull_of(answer(parts), true).await.expect_err(words).to_string();
+            assert!(error.contains(words), "{words:?} is not in {error}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_falls_silent_is_given_up() {
+        let silent = tokio_stream::pending::<Result<SnapshotChunk, Status>>();
+        let error = pull_of(Box::pin(silent), true).await.expect_err("nothing comes");
+        assert!(matches!(error, PullError::Stalled), "{error}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_asked_and_takes_nothing_is_given_up() {
+        /// Never ends.
+        struct Endless(Arc<AtomicU64>);
+        impl Image for Endless {
+            fn id(&self) -> u64 {
+                1
+            }
+            fn index(&self) -> u64 {
+                1
+            }
+            fn term(&self) -> u64 {
+                1
+            }
+            fn offset(&self) -> u64 {
+                0
+            }
+            fn restart(&mut self) {}
+            fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
+                self.0.fetch_add(1, Ordering::Relaxed);
+                Ok(Some("x".into()))
+            }
+        }
+        let (made, held) = (Arc::new(AtomicU64::new(0)), Arc::new(()));
+        let chunks = offer(Endless(Arc::clone(&made)), 0, Arc::clone(&held));
+        let began = tokio::time::Instant::now();
+        while Arc::strong_count(&held) > 1 {
+            tokio::time::sleep(STALL_MAX / 10).await;
+        }
+        assert!(began.elapsed() >= STALL_MAX);
+        assert!(made.load(Ordering::Relaxed) <= CHUNKS_IN_FLIGHT as u64 + 1);
+        drop(chunks);
+    }
+}
