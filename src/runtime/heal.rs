@@ -9,6 +9,8 @@
 //! 6  the member is opened as after an installed snapshot            (`recover`)
 //! ```
 //!
+//! (What sled changes in a damaged file while it tries to open it is changed, too, in what is kept.)
+//!
 //! Up to 4 a crash, or giving up, leaves all as it was. Between 4 and 5 `CURRENT` names what is not
 //! there, which is damage as before: the next start begins at 1 again. Nothing is deleted.
 //!

@@ -88,6 +88,11 @@ impl Receiver for PeerFace {
 
     async fn pull_image(&self, from: u64, at_least: u64) -> Result<ImageChunks, Status> {
         self.engine.serializable_check().map_err(|error| Status::unavailable(error.to_string()))?;
+        if !self.engine.member_records().iter().any(|member| member.id == from) {
+            return Err(Status::failed_precondition(format!(
+                "it knows no member {from:x}: it was removed, or this one has yet to hear of it"
+            )));
+        }
         let own = self.engine.member_id();
         // The cluster's, where no majority could tell which member it is, has number 0.
         let is_in_doubt = |alarm: &AlarmMember| {

@@ -73,7 +73,7 @@ pub(super) async fn open(
         let (place, bootstrap) = (place.clone(), bootstrap.clone());
         blocking(move || Damage::examine(&place, &bootstrap, error)).await??
     };
-    tracing::error!("{}", damage.what());
+    tracing::error!(error = damage.what(), "the checkpoint is damaged");
     if damage.peer_urls().is_empty() {
         let bootstrap = bootstrap.clone();
         blocking(move || damage.rebuild(&bootstrap)).await??;
