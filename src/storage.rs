@@ -242,6 +242,12 @@ pub trait Storage: Send {
 }
 
 impl StorageError {
+    /// Whether what is on the disk is not what was written there, or not all of it. Another
+    /// start would find the same.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, StorageError::Damaged { .. } | StorageError::Foreign { .. })
+    }
+
     /// Whether the disk has no space left: the same may succeed once it has.
     pub fn is_full(&self) -> bool {
         let StorageError::Io { source, .. } = self else { return false };
@@ -263,11 +269,7 @@ pub enum StorageError {
         dir: PathBuf,
     },
     /// What is there is not what was written.
-    #[error(
-        "checkpoint {} is damaged ({detail}): if the cluster has a majority without this \
-         member, remove the member and add it again with an empty --data-dir; otherwise \
-         restore a snapshot. Keep the directory until then, and check the disk", .dir.display()
-    )]
+    #[error("checkpoint {} is damaged ({detail}): keep it, and check the disk", .dir.display())]
     Damaged {
         /// The checkpoint's directory.
         dir: PathBuf,
@@ -287,11 +289,13 @@ pub enum StorageError {
     },
     /// A newer version of kvorum wrote it.
     #[error(
-        "checkpoint {} has format {found}, this version of kvorum knows formats up to {known}: \
-         start the version that wrote it, or a newer one", .dir.display()
+        "{} has format {found}, this version of kvorum knows formats up to {known}: start the \
+         version that wrote it, or a newer one. To go back to this version, save a snapshot with \
+         the newer one (`kvorum snapshot save`) and restore it with this one into an empty \
+         --data-dir (`kvorum snapshot restore`), for all members", .dir.display()
     )]
     NewerFormat {
-        /// The checkpoint's directory.
+        /// The checkpoint's directory, or the file that says it of the whole data directory.
         dir: PathBuf,
         /// The format it has.
         found: u32,

@@ -33,6 +33,7 @@ pub mod force;
 pub mod forwarder;
 pub mod gauges;
 pub mod hashes;
+pub mod heal;
 pub mod history;
 pub mod image;
 pub mod import;

@@ -11,6 +11,7 @@
 //! Numbers are big-endian, so records are in revision order.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -22,7 +23,7 @@ use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::state::{AuthRow, AuthTable, Cut, Restored, StateMachine};
-use crate::storage::{BATCH_MAX_CHANGES, Batch, Storage, StorageError, Table};
+use crate::storage::{BATCH_MAX_CHANGES, Batch, SledStorage, Storage, StorageError, Table};
 
 /// The key of the one record in the table Head.
 pub const HEAD: &[u8] = b"head";
@@ -267,6 +268,25 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
         })?;
     }
     Ok(Restored { head, members, leases, auth, store })
+}
+
+/// What can still be read of a damaged checkpoint; each part that is here is intact.
+#[derive(Debug, Default)]
+pub struct Legible {
+    /// How far it goes.
+    pub head: Option<CheckpointHead>,
+    /// All members; none if one of them is illegible.
+    pub members: Vec<MemberRecord>,
+}
+
+/// Reads what can be read of a damaged checkpoint.
+pub fn legible(dir: &Path) -> Legible {
+    let Ok(storage) = SledStorage::open(dir) else { return Legible::default() };
+    let head = storage.get(Table::Head, HEAD).ok().flatten();
+    Legible {
+        head: head.and_then(|head| decode(Table::Head, head).ok()),
+        members: decode_all(&storage, Table::Member).unwrap_or_default(),
+    }
 }
 
 /// Shows `visit` all records of a table, until it fails.

@@ -17,7 +17,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
-use super::{StartError, discover};
+use super::{StartError, discover, heal};
 use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, SAVES_MAX, Versions};
 use crate::error::Error;
@@ -259,12 +259,13 @@ impl Member {
             metrics: Arc::clone(&metrics),
         };
         threads.front.push(spawn("apply", &fault, move || apply_thread.run())?);
+        let images = Arc::new(Images::new(Arc::clone(&state), pins));
         let raft_parts = RaftParts {
             node,
             mailbox: raft_mailbox,
             outbox: Box::new(PeerOutbox::new(
                 peers,
-                Arc::new(Images::new(Arc::clone(&state), pins)),
+                Arc::clone(&images),
                 raft_sender.clone(),
                 Handle::current(),
                 config.snapshot_send_bytes_per_sec,
@@ -284,7 +285,13 @@ impl Member {
         threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
         let incoming = incoming(&place, &raft_sender)?;
-        let face = Arc::new(PeerFace::new(engine.clone(), raft_sender.clone(), incoming));
+        let face = Arc::new(PeerFace::new(
+            engine.clone(),
+            raft_sender.clone(),
+            incoming,
+            images,
+            config.snapshot_send_bytes_per_sec,
+        ));
         let compactor = AutoCompactor {
             state: Arc::clone(&state),
             proposer: Arc::clone(&proposer),
@@ -432,8 +439,7 @@ async fn recover(
             discover::when_new(&urls, &**connector).await
         };
     }
-    let opening = tokio::task::spawn_blocking(move || recover::open(&place, &bootstrap));
-    let mut recovery = opening.await.map_err(|error| Fatal::new(error.to_string()))??;
+    let mut recovery = heal::open(place, bootstrap, connector).await?;
     let Recovery { state, start, identity, is_new, .. } = &mut recovery;
     start.election_ticks = limits.election_ticks() as usize;
     start.pre_vote = config.pre_vote;
