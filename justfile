@@ -56,9 +56,9 @@ snapshot-catchup *flags: contestants
 contestants: judges
     cargo build --release --workspace
 
-# etcd, etcdctl and etcdutl, and a user of etcd's client: to compare with.
+# etcd, etcdctl and etcdutl, those of older minors too, and a user of etcd's client: to compare with.
 judges:
-    tests/judge/build.sh
+    tests/judge/build.sh target/judge v3.5 v3.6
 
 # Breaks a cluster of kvorum on purpose, and checks it; docs/chaos.md has the flags.
 chaos *flags:

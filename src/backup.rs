@@ -17,11 +17,13 @@
 //! it its SHA-256.
 //!
 //! * [`file`]: a snapshot file, and whether its hash is right.
+//! * [`encode`]: from records to rows.
 //! * [`decode`]: from rows to records.
 //! * [`status`]: what `snapshot status` says of a file.
 //! * [`wal`]: etcd's log, as far as it says whether a database is complete.
 
 pub mod decode;
+pub mod encode;
 pub mod file;
 pub mod status;
 pub mod wal;
@@ -124,6 +126,41 @@ pub mod auth {
 pub const REMOVED: &str = "removed";
 /// The length of the SHA-256 behind the database, in bytes.
 pub const TRAILER_BYTES: usize = 32;
+
+/// The SHA-256 of a database that comes in pieces.
+pub struct Digest(ring::digest::Context);
+
+impl Default for Digest {
+    fn default() -> Digest {
+        Digest::new()
+    }
+}
+
+impl std::fmt::Debug for Digest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Digest")
+    }
+}
+
+impl Digest {
+    /// Of nothing.
+    pub fn new() -> Digest {
+        Digest(ring::digest::Context::new(&ring::digest::SHA256))
+    }
+
+    /// The database goes on with these bytes.
+    pub fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    /// What a snapshot file has behind the database.
+    pub fn finish(self) -> [u8; TRAILER_BYTES] {
+        let digest = self.0.finish();
+        let mut trailer = [0; TRAILER_BYTES];
+        trailer.iter_mut().zip(digest.as_ref()).for_each(|(to, from)| *to = *from);
+        trailer
+    }
+}
 
 #[cfg(test)]
 mod tests {

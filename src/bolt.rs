@@ -16,9 +16,10 @@
 //!
 //! * [`format`]: pages, metas and elements as bytes.
 //! * [`read`]: rows from a file, and what is wrong with it.
-//! * `write`: a file from sorted rows, in one go, front to back.
+//! * [`write`]: a file from sorted rows, in one go, front to back.
 //!
 //! Nothing here knows what etcd keeps in its buckets: that is `backup`.
 
 pub mod format;
 pub mod read;
+pub mod write;

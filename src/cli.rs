@@ -1,7 +1,7 @@
 //! The commands that are no server: `kvorum snapshot …`, with the flags, the output and the exit
 //! codes of `etcdctl snapshot` and `etcdutl snapshot`.
 //!
-//! A command is a [`Command`]: what it is called with, its flags, and the function that carries
+//! `save` is a client, and reads its arguments itself. Any other command is a [`Command`]: what it is called with, its flags, and the function that carries
 //! it out. The syntax is that of etcd's tools: `--flag=v`, `--flag v`, `-w v`, `--flag` alone for
 //! one that is yes or no, anywhere between the arguments; `--` ends the flags.
 //!
@@ -13,6 +13,7 @@
 //! | 128 | arguments are missing or too many, or flags do not go together |
 
 mod restore;
+mod save;
 mod status;
 
 use std::collections::BTreeMap;
@@ -131,6 +132,13 @@ impl Arguments {
 pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Option<ExitCode> {
     let mut arguments = arguments.peekable();
     arguments.next_if(|first| first == "snapshot")?;
+    if arguments.next_if(|command| command == "save").is_some() {
+        // A client: it has etcdctl's flags, variables and exit codes, and reads them itself.
+        let arguments: Vec<String> =
+            arguments.map(|argument| argument.to_string_lossy().into_owned()).collect();
+        let variable = |name: &str| std::env::var(name).ok();
+        return Some(ExitCode::from(save::run(&arguments, &variable)));
+    }
     Some(match dispatch(arguments) {
         Ok(text) => {
             // Standard output may be a closed pipe: nothing is lost that anybody waits for.
@@ -232,8 +240,10 @@ fn parse(
 
 fn help_of_all() -> String {
     let mut text = "Usage:\n  kvorum snapshot <command>\n\nCommands:\n".to_owned();
-    for command in COMMANDS {
-        text.push_str(&format!("  {:<10}{}\n", command.name, command.help));
+    let save = ("save", "Stores a server's snapshot in a given file");
+    let others = COMMANDS.iter().map(|command| (command.name, command.help));
+    for (name, help) in std::iter::once(save).chain(others) {
+        text.push_str(&format!("  {name:<10}{help}\n"));
     }
     text.push_str("\n`kvorum snapshot <command> --help` shows a command's flags.\n");
     text

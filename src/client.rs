@@ -76,7 +76,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio_stream::Stream;
 
-use crate::engine::{Engine, WatchStream};
+use crate::engine::{Engine, Snapshot, WatchStream};
 use crate::error::Error;
 use crate::pb::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
 use crate::pb::etcdserverpb::request_op::Request;
@@ -179,6 +179,34 @@ impl Client {
         let request = LeaseGrantRequest { ttl: ttl_secs, id: 0 };
         let granted = self.engine.lease_grant(request).await?;
         Ok(Lease { engine: self.engine.clone(), id: granted.id, ttl_secs: granted.ttl })
+    }
+
+    /// Everything that the server holds, as a file from which etcd, and kvorum, can be restored:
+    /// a consistent view of the present moment, to be written piece by piece. Dropping what is
+    /// returned ends it.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let server = kvorum::Server::start(kvorum::Config::in_memory()).await?;
+    /// # let client = server.client();
+    /// # let mut file = Vec::new();
+    /// use std::io::Write as _;
+    ///
+    /// let mut snapshot = client.snapshot()?;
+    /// while let Some(bytes) = snapshot.next().await? {
+    ///     file.write_all(&bytes)?;
+    /// }
+    /// # assert_eq!(file.len() % 4096, 32);
+    /// # server.shutdown().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::TooManyRequests`] while several others are under way.
+    pub fn snapshot(&self) -> Result<Snapshot, Error> {
+        self.engine.snapshot()
     }
 
     /// A lease that was granted before. Nobody is asked whether it still exists.

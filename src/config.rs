@@ -38,6 +38,8 @@ mod yaml;
 #[cfg(test)]
 mod tests;
 
+#[doc(hidden)]
+pub use duration::parse as parse_duration;
 pub use features::{FeatureGates, Gate, Stage};
 pub use flag::Config;
 pub use parse::{Outcome, parse};

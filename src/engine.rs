@@ -28,6 +28,7 @@ mod divergence;
 mod leader;
 mod members;
 mod range;
+mod snapshot;
 mod vote;
 
 use std::sync::Arc;
@@ -35,7 +36,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use parking_lot::RwLock;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 use crate::error::Error;
 use crate::lease::{self, Lease};
@@ -53,13 +54,17 @@ use crate::runtime::pins::Pins;
 use crate::runtime::proposer::Proposer;
 use crate::runtime::published::Published;
 use crate::runtime::rolling_hashes::RollingHashes;
+use crate::runtime::save::Save;
 use crate::runtime::space::Shortage;
 use crate::runtime::watch_hub::HubHandle;
 pub use crate::runtime::watch_hub::{Requests, Responses, StreamEnded, WatchStream};
 use crate::state::txn::TxnScan;
 use crate::state::{Response, StateMachine, check};
 pub use corrupt::Inconsistent;
+pub use snapshot::Snapshot;
 
+/// Snapshots that are saved at the same time. Each holds some 25 MiB.
+pub(crate) const SAVES_MAX: usize = 4;
 /// A writer that is ahead of the checkpoint looks again after this.
 const CHECKPOINT_PAUSE: Duration = Duration::from_millis(10);
 
@@ -125,6 +130,8 @@ pub(crate) struct Parts {
     pub(crate) published: Arc<Published>,
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
+    /// [`SAVES_MAX`] slots.
+    pub(crate) saves: Arc<Semaphore>,
     pub(crate) peers: Peers,
     pub(crate) hub: HubHandle,
     pub(crate) hashes: Arc<CompactionHashes>,
@@ -615,6 +622,23 @@ impl Engine {
         });
         counted.await.unwrap_or(Err(Error::Stopped))?;
         Ok(DefragmentResponse::default())
+    }
+
+    /// Everything this member holds, as a file that etcd can be restored from: a consistent
+    /// view of the present moment, in blobs of at most 32 KiB, of which the last is the SHA-256
+    /// of the others. Never waits for the cluster; writes go on meanwhile. Dropping what is
+    /// returned ends it, and so does the end of the server.
+    ///
+    /// # Errors
+    /// [`Error::TooManyRequests`] while [`SAVES_MAX`] others are under way; [`Error::Stopped`].
+    pub fn snapshot(&self) -> Result<Snapshot, Error> {
+        self.serializable_check()?;
+        let slot = Arc::clone(&self.parts.saves).try_acquire_owned();
+        let slot = slot.map_err(|_| Error::TooManyRequests)?;
+        let save = Save::new(&self.parts.state, &self.parts.pins);
+        let revision = save.revision();
+        let blobs = save.begin(Arc::clone(&self.parts.metrics), slot);
+        Ok(Snapshot::new(revision, self.parts.versions.storage, blobs, self.stopping()))
     }
 
     // ---- Auth ----

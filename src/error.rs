@@ -161,6 +161,9 @@ pub enum Error {
     /// The server is stopping. A write may have happened.
     #[error("etcdserver: server stopped")]
     Stopped,
+    /// A snapshot that was being saved was given up; the text says why.
+    #[error("{0}")]
+    SnapshotGivenUp(String),
     /// This version does not have the feature.
     #[error("{0}")]
     Unimplemented(&'static str),

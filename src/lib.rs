@@ -88,7 +88,7 @@
 //! | KV, transactions, history, compaction | yes |
 //! | Watch: history, progress, fragments, `prev_kv` | yes |
 //! | Leases, Lock, Election | yes |
-//! | Maintenance: status, alarms, hashes, defragment | yes |
+//! | Maintenance: status, alarms, hashes, defragment, snapshots | yes |
 //! | JSON gateway, health, metrics, TLS | yes |
 //! | Clusters: members that come and go, learners, snapshots to those behind | yes |
 //! | Users and roles | not yet |

@@ -54,7 +54,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("serde", &["api", "config"]),
     ("prometheus", &["metrics", "server"]),
     ("serde_yaml_ng", &["config"]),
-    ("tonic", &["api", "server", "metrics", "net", "pb"]),
+    ("tonic", &["api", "cli", "server", "metrics", "net", "pb"]),
     ("axum", &["api", "server"]),
     ("hyper", &["api"]),
     ("tokio_rustls", &["api"]),

@@ -153,6 +153,39 @@ fn etcdctl_needs_a_certificate_under_mutual_tls() {
 }
 
 #[test]
+fn snapshots_are_saved_under_mutual_tls() {
+    let home = Home::new();
+    let _started = home.start(&home.url("https"), &MUTUAL);
+    let stranger = Ca::new("stranger");
+    home.issue(&stranger, "stranger");
+    home.write("stranger-ca.pem", &stranger.pem);
+    let endpoint = home.url("https");
+    let save = |files: &[&str]| {
+        let save = ["snapshot", "save", "db", "--endpoints", &endpoint];
+        home.run(kvorum(), &[&save, files].concat())
+    };
+    let shown = ["--cert=client.pem", "--key=client.key"];
+    for trust in ["--cacert=ca.pem", "--insecure-skip-tls-verify"] {
+        let saved = save(&[&[trust][..], &shown].concat());
+        assert!(saved.status.success(), "{trust}: {saved:?}");
+        assert!(text(&saved).starts_with("Snapshot saved at db\n"), "{saved:?}");
+    }
+    for (files, reason) in [
+        (&["--cacert=ca.pem"][..], "--endpoints"),
+        (&["--cacert=ca.pem", "--cert=stranger.pem", "--key=stranger.key"], "--endpoints"),
+        (&["--cacert=stranger-ca.pem", "--cert=client.pem", "--key=client.key"], "certificate"),
+        (&["--cacert=ca.pem", "--cert=client.pem"], "--key"),
+        (&["--cacert=missing.pem"], "--cacert"),
+        (&[], "--cacert"),
+    ] {
+        let refused = save(files);
+        let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert_eq!(refused.status.code(), Some(5), "{files:?}: {told}");
+        assert!(told.starts_with("Error: ") && told.contains(reason), "{files:?}: {told}");
+    }
+}
+
+#[test]
 fn curl_speaks_both_versions_of_http_on_the_port_of_grpc() {
     let test = "curl_speaks_both_versions_of_http_on_the_port_of_grpc";
     if !has_curl(test) {

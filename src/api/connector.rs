@@ -54,10 +54,15 @@ enum Place {
 /// What makes channels to peer URLs; `tls` is needed for `https` and `unixs`. A channel must
 /// be made within a tokio runtime, where its tasks run.
 pub fn connector(tls: Option<ClientTls>) -> Connector {
+    connector_within(CONNECT_TIMEOUT, tls)
+}
+
+/// As [`connector`], with another time for a connection to come up.
+pub fn connector_within(connect_timeout: Duration, tls: Option<ClientTls>) -> Connector {
     std::sync::Arc::new(move |url| {
         let target = target(url, tls.as_ref())
             .map_err(|reason| BadUrl { url: url.to_owned(), reason: reason.to_owned() })?;
-        Ok(channel(target))
+        Ok(channel(target, connect_timeout))
     })
 }
 
@@ -87,14 +92,14 @@ fn target(url: &str, tls: Option<&ClientTls>) -> Result<Target, &'static str> {
     Ok(Target { place: Place::Tcp { host: host.clone(), port }, host, tls })
 }
 
-fn channel(target: Target) -> Channel {
+fn channel(target: Target, connect_timeout: Duration) -> Channel {
     let connect = tower::service_fn(move |_: Uri| {
         let target = target.clone();
         async move { target.connect().await.map(TokioIo::new) }
     });
     // The name is never resolved: the connector goes elsewhere.
     Endpoint::from_static("http://peer.kvorum.invalid")
-        .connect_timeout(CONNECT_TIMEOUT)
+        .connect_timeout(connect_timeout)
         .http2_keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
         .keep_alive_while_idle(true)

@@ -4,12 +4,13 @@
 //! cannot do.
 
 use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status};
 
 use super::status::status;
-use crate::engine::Engine;
+use crate::engine::{Engine, Snapshot};
 use crate::error::Error;
 use crate::pb::etcdserverpb::downgrade_request::DowngradeAction;
 use crate::pb::etcdserverpb::{
@@ -44,6 +45,17 @@ impl Maintenance {
             return Err(Error::InvalidDowngradeTargetVersion);
         }
         Err(Error::Unimplemented("kvorum: this version cannot downgrade its data"))
+    }
+}
+
+/// A snapshot as it is made: a client that is slow makes it wait, one that goes away ends it.
+pub(super) struct Blobs(Snapshot);
+
+impl Stream for Blobs {
+    type Item = Result<SnapshotResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_response(cx).map(|response| response.map(|response| response.map_err(status)))
     }
 }
 
@@ -116,13 +128,14 @@ impl maintenance_server::Maintenance for Maintenance {
         self.engine.hash_kv(request.into_inner()).await.map(Response::new).map_err(status)
     }
 
-    type SnapshotStream = Pin<Box<dyn Stream<Item = Result<SnapshotResponse, Status>> + Send>>;
+    type SnapshotStream = Blobs;
 
     async fn snapshot(
         &self,
         _: Request<SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        Err(status(Error::Unimplemented("kvorum: this version cannot save snapshots")))
+        let snapshot = self.engine.snapshot().map_err(status)?;
+        Ok(Response::new(Blobs(snapshot)))
     }
 
     async fn move_leader(

@@ -51,6 +51,8 @@ pub fn code(error: &Error) -> Code {
         | Error::AuthNotEnabled => Code::FailedPrecondition,
 
         Error::DeadlineExceeded => Code::DeadlineExceeded,
+        // etcd never gives one up.
+        Error::SnapshotGivenUp(_) => Code::Aborted,
         Error::NoSpace => Code::ResourceExhausted,
         Error::Corrupt => Code::DataLoss,
 
@@ -217,6 +219,7 @@ mod tests {
                 "etcdserver: request timed out, waiting for the applied index took too long",
             ),
             (Error::Stopped, Unavailable, "etcdserver: server stopped"),
+            (Error::SnapshotGivenUp("slow".to_owned()), Aborted, "slow"),
             (Error::Unimplemented("not here"), Unimplemented, "not here"),
         ]
     }
@@ -270,10 +273,11 @@ mod tests {
             | Error::LeaderTransferTimeout
             | Error::TimeoutWaitAppliedIndex
             | Error::Stopped
+            | Error::SnapshotGivenUp(_)
             | Error::Unimplemented(_) => (),
         }
     }
-    const VARIANTS: usize = 46;
+    const VARIANTS: usize = 47;
 
     #[test]
     fn every_error_has_etcds_code_and_text() {

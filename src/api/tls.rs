@@ -88,6 +88,8 @@ pub enum Side {
     Client,
     /// Other members: `--peer-cert-file` and so on.
     Peer,
+    /// Nobody: a command that is a client, `--cert` and so on.
+    Command,
 }
 
 impl Side {
@@ -95,6 +97,12 @@ impl Side {
         match self {
             Side::Client => format!("--{name}"),
             Side::Peer => format!("--peer-{name}"),
+            Side::Command => match name {
+                "cert-file" => "--cert".to_owned(),
+                "key-file" => "--key".to_owned(),
+                "trusted-ca-file" => "--cacert".to_owned(),
+                other => format!("--{other}"),
+            },
         }
     }
 }

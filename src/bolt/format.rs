@@ -17,6 +17,8 @@
 //! Decoding takes what it needs off the front of what it is given, and says `None` if there is
 //! too little. What the numbers say is for the caller to doubt.
 
+use bytes::BufMut;
+
 /// The size of the pages that are written, in bytes. Files of others can be read.
 pub const PAGE_BYTES: usize = 4096;
 /// The length of a page's header, in bytes.
@@ -72,11 +74,11 @@ pub struct PageHeader {
 
 impl PageHeader {
     /// As bytes, [`PAGE_HEADER_BYTES`] of them.
-    pub fn encode(&self, to: &mut Vec<u8>) {
-        to.extend_from_slice(&self.id.to_le_bytes());
-        to.extend_from_slice(&self.flags.to_le_bytes());
-        to.extend_from_slice(&self.count.to_le_bytes());
-        to.extend_from_slice(&self.overflow.to_le_bytes());
+    pub fn encode(&self, to: &mut impl BufMut) {
+        to.put_slice(&self.id.to_le_bytes());
+        to.put_slice(&self.flags.to_le_bytes());
+        to.put_slice(&self.count.to_le_bytes());
+        to.put_slice(&self.overflow.to_le_bytes());
     }
 
     /// From the start of a page.
@@ -106,9 +108,9 @@ pub struct LeafElement {
 
 impl LeafElement {
     /// As bytes, [`LEAF_ELEMENT_BYTES`] of them.
-    pub fn encode(&self, to: &mut Vec<u8>) {
+    pub fn encode(&self, to: &mut impl BufMut) {
         for field in [self.flags, self.pos, self.key_len, self.value_len] {
-            to.extend_from_slice(&field.to_le_bytes());
+            to.put_slice(&field.to_le_bytes());
         }
     }
 
@@ -137,10 +139,10 @@ pub struct BranchElement {
 
 impl BranchElement {
     /// As bytes, [`BRANCH_ELEMENT_BYTES`] of them.
-    pub fn encode(&self, to: &mut Vec<u8>) {
-        to.extend_from_slice(&self.pos.to_le_bytes());
-        to.extend_from_slice(&self.key_len.to_le_bytes());
-        to.extend_from_slice(&self.page.to_le_bytes());
+    pub fn encode(&self, to: &mut impl BufMut) {
+        to.put_slice(&self.pos.to_le_bytes());
+        to.put_slice(&self.key_len.to_le_bytes());
+        to.put_slice(&self.page.to_le_bytes());
     }
 
     /// From its place in a page.
@@ -161,9 +163,9 @@ pub struct BucketHeader {
 
 impl BucketHeader {
     /// As bytes, [`BUCKET_HEADER_BYTES`] of them.
-    pub fn encode(&self, to: &mut Vec<u8>) {
-        to.extend_from_slice(&self.root.to_le_bytes());
-        to.extend_from_slice(&self.sequence.to_le_bytes());
+    pub fn encode(&self, to: &mut impl BufMut) {
+        to.put_slice(&self.root.to_le_bytes());
+        to.put_slice(&self.sequence.to_le_bytes());
     }
 
     /// From the start of a bucket's value.
@@ -207,17 +209,17 @@ pub enum MetaError {
 
 impl Meta {
     /// As bytes, [`META_BYTES`] of them, the checksum included.
-    pub fn encode(&self, to: &mut Vec<u8>) {
-        let start = to.len();
+    pub fn encode(&self, to: &mut impl BufMut) {
+        let mut summed = Vec::with_capacity(META_BYTES);
         for field in [MAGIC, VERSION, self.page_size, 0] {
-            to.extend_from_slice(&field.to_le_bytes());
+            summed.put_slice(&field.to_le_bytes());
         }
-        self.root.encode(to);
+        self.root.encode(&mut summed);
         for field in [self.freelist, self.high_water, self.txid] {
-            to.extend_from_slice(&field.to_le_bytes());
+            summed.put_slice(&field.to_le_bytes());
         }
-        let checksum = fnv1a(to.get(start..).unwrap_or_default());
-        to.extend_from_slice(&checksum.to_le_bytes());
+        to.put_slice(&summed);
+        to.put_slice(&fnv1a(&summed).to_le_bytes());
     }
 
     /// From what follows a page's header.

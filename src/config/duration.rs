@@ -17,7 +17,7 @@ const UNITS: [(&str, u64); 8] = [
 ];
 
 /// Reads a duration; the error says what is wrong in Go's words.
-pub(super) fn parse(text: &str) -> Result<Duration, String> {
+pub fn parse(text: &str) -> Result<Duration, String> {
     let invalid = || format!("time: invalid duration {text:?}");
     if text.starts_with('-') && text != "-0" {
         return Err(format!("time: negative duration {text:?}"));

@@ -22,6 +22,7 @@
 //! The words here are etcd's: [`Revision`], [`KeyRange`] (a request's `key` and
 //! `range_end`), [`Version`] (what a reader sees), [`Change`] (what a watcher sees).
 
+mod by_revision;
 mod chain;
 mod hash;
 mod keys;
@@ -35,6 +36,7 @@ mod tests;
 
 use bytes::Bytes;
 
+pub use by_revision::RevisionWalk;
 pub use hash::HashKv;
 pub use record::{Record, RecordsCut, RecordsWalk, RestoreError, check as check_record};
 pub use store::{CompactStep, Store, WriteTxn};

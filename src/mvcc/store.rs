@@ -261,6 +261,25 @@ impl Store {
         })
     }
 
+    /// The history from `from` on, in revision order, compacted or not, as far as it is there.
+    pub(super) fn history_from(&self, from: Revision) -> impl Iterator<Item = &Change> {
+        let start = self.history.partition_point(|change| change.revision < from);
+        self.history.range(start..)
+    }
+
+    /// The bytes of the versions that were replaced by changes from `from` on and below the
+    /// compact revision: what a reader pinned there keeps from being freed. Looks at `budget`
+    /// changes; also returns where to go on.
+    pub fn replaced_bytes(&self, from: Revision, budget: usize) -> (u64, Revision) {
+        let (mut bytes, mut next) = (0, from);
+        let compacted = |change: &&Change| change.revision.main < self.compact_revision;
+        for change in self.history_from(from).take_while(compacted).take(budget) {
+            bytes += change.prev.as_deref().map_or(0, record_bytes);
+            next = Revision { sub: change.revision.sub + 1, ..change.revision };
+        }
+        (bytes, next)
+    }
+
     /// Begins a write. All that it changes has one main revision.
     pub fn write(&mut self) -> WriteTxn<'_> {
         WriteTxn { main: self.revision + 1, next_sub: 0, store: self }

@@ -48,6 +48,7 @@ pub mod recover;
 pub mod restore;
 pub mod rolling_hashes;
 pub mod roster;
+pub mod save;
 pub mod space;
 pub mod stage;
 pub mod timing;

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
 use super::{StartError, discover};
 use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
-use crate::engine::{Engine, Limits, Parts, Versions};
+use crate::engine::{Engine, Limits, Parts, SAVES_MAX, Versions};
 use crate::error::Error;
 use crate::log::{Identity, Mark};
 use crate::metrics::Metrics;
@@ -158,6 +158,7 @@ impl Member {
             published: Arc::clone(&published),
             leases: Arc::clone(&leases),
             pins: Arc::clone(&pins),
+            saves: Arc::new(Semaphore::new(SAVES_MAX)),
             peers: peers.clone(),
             hub: hub_handle.clone(),
             hashes,

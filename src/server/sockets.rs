@@ -133,6 +133,8 @@ pub(super) fn peer_connector(config: &Config) -> Result<Connector, StartError> {
         allowed_common_names: config.peer_cert_allowed_cn.clone(),
         allowed_hostnames: config.peer_cert_allowed_hostname.clone(),
         auto: peer_auto_tls(config),
+        is_command: false,
+        skip_verify: false,
     };
     Ok(connector(Some(ClientTls::load(settings)?)))
 }

@@ -6,7 +6,7 @@ use kvorum::pb::etcdserverpb::downgrade_request::DowngradeAction;
 use kvorum::pb::etcdserverpb::{
     AlarmRequest, AlarmType, DefragmentRequest, DowngradeRequest, DowngradeResponse, HashKvRequest,
     Member, MemberAddRequest, MemberAddResponse, MemberListRequest, MemberPromoteRequest,
-    MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, SnapshotRequest, StatusRequest,
+    MemberRemoveRequest, MemberUpdateRequest, MoveLeaderRequest, StatusRequest,
 };
 use tonic::{Code, Status};
 
@@ -261,10 +261,8 @@ async fn the_nospace_alarm_stops_puts_until_it_is_disarmed() {
 }
 
 #[tokio::test]
-async fn defragment_answers_without_a_header_and_snapshots_are_to_come() {
+async fn defragment_answers_without_a_header() {
     let rig = start().await;
     let response = rig.maintenance().defragment(DefragmentRequest {}).await.unwrap().into_inner();
     assert!(response.header.is_none());
-    let refusal = rig.maintenance().snapshot(SnapshotRequest {}).await.unwrap_err();
-    assert_eq!(refusal.code(), Code::Unimplemented);
 }

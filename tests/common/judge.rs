@@ -1,8 +1,10 @@
 //! The judges: etcd, etcdctl and etcdutl at the versions `tests/judge/go.mod`
 //! pins, against which kvorum is compared.
 //!
+//! and, for what moves between versions, at those of `tests/judge/v3.5` and so on.
+//!
 //! They are looked for in `$KVORUM_JUDGE_DIR`, else in `target/judge`, and built
-//! there when Go is at hand. Without them a test that needs them prints why and
+//! there when Go is at hand; older minors in a directory of their own below. Without them a test that needs them prints why and
 //! passes, unless `CI=true`: there it fails, so that a comparison that silently
 //! stopped running is noticed.
 
@@ -25,7 +27,12 @@ pub(crate) struct Judges {
 ///
 /// If there are none and `CI=true`.
 pub(crate) fn find(test: &str) -> Option<Judges> {
-    match locate() {
+    Some(find_minors(test, &[])?.remove(0).1)
+}
+
+/// As [`find`], of the judges' own version and of the minors given (`v3.5`): each with its name.
+pub(crate) fn find_minors<'a>(test: &str, minors: &[&'a str]) -> Option<Vec<(&'a str, Judges)>> {
+    match locate(minors) {
         Ok(judges) => Some(judges),
         Err(why) => {
             skip(test, &why);
@@ -58,7 +65,7 @@ fn version_of(program: &Path, argument: &str) -> Option<String> {
     String::from_utf8(output.stdout).ok()
 }
 
-fn locate() -> Result<Judges, String> {
+fn locate<'a>(minors: &[&'a str]) -> Result<Vec<(&'a str, Judges)>, String> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
     let directory = match std::env::var_os("KVORUM_JUDGE_DIR") {
         Some(directory) => PathBuf::from(directory),
@@ -67,6 +74,7 @@ fn locate() -> Result<Judges, String> {
             let build = manifest.join("tests/judge/build.sh");
             let output = Command::new(&build)
                 .arg(&directory)
+                .args(minors)
                 .output()
                 .map_err(|error| format!("{} does not run: {error}", build.display()))?;
             if !output.status.success() {
@@ -78,6 +86,12 @@ fn locate() -> Result<Judges, String> {
             directory
         }
     };
+    let newest = ("v3.7", directory.clone());
+    let minors = minors.iter().map(|minor| (*minor, directory.join(minor)));
+    std::iter::once(newest).chain(minors).map(|(name, at)| Ok((name, judges(&at)?))).collect()
+}
+
+fn judges(directory: &Path) -> Result<Judges, String> {
     let judges = Judges {
         etcd: directory.join("etcd"),
         etcdctl: directory.join("etcdctl"),

@@ -44,6 +44,15 @@ impl TestServer {
     ///
     /// If it does not become healthy in time.
     pub(crate) fn start(program: &Path, arguments: &[&str]) -> TestServer {
+        TestServer::start_prepared(program, arguments, |_| {})
+    }
+
+    /// As [`start`](Self::start), after `prepare`, which may make the data directory.
+    pub(crate) fn start_prepared(
+        program: &Path,
+        arguments: &[&str],
+        prepare: impl FnOnce(&TestServer),
+    ) -> TestServer {
         let directory = tempfile::Builder::new().prefix("kvorum-test-").tempdir();
         let (client_port, peer_port) = free_ports();
         let mut server = TestServer {
@@ -54,6 +63,7 @@ impl TestServer {
             peer_port,
             child: None,
         };
+        prepare(&server);
         server.spawn();
         server.wait_until_healthy();
         server

@@ -61,6 +61,10 @@ pub struct ClientTlsSettings {
     pub allowed_hostnames: Vec<String>,
     /// `--peer-auto-tls`: peers are not verified, unless a certificate is given.
     pub auto: Option<AutoTls>,
+    /// The flags are those of a command, as etcdctl's: `--cacert`, `--cert`, `--key`.
+    pub is_command: bool,
+    /// `--insecure-skip-tls-verify` of a command: whoever answers is believed.
+    pub skip_verify: bool,
 }
 
 /// TLS as connections to peers use it. Clones share the files and what was read.
@@ -77,7 +81,8 @@ impl ClientTls {
     ///
     /// See [`TlsError`]. Files that break later never fail: the old ones stay in use.
     pub fn load(settings: ClientTlsSettings) -> Result<ClientTls, TlsError> {
-        let missing = |name| TlsError::Incomplete { missing: Side::Peer.flag(name) };
+        let side = if settings.is_command { Side::Command } else { Side::Peer };
+        let missing = |name| TlsError::Incomplete { missing: side.flag(name) };
         let (pair, verify) = match (settings.cert_file, settings.key_file, &settings.auto) {
             (Some(cert), Some(key), _) => (Some((cert, key)), true),
             (Some(_), None, _) => return Err(missing("key-file")),
@@ -85,6 +90,7 @@ impl ClientTls {
             (None, None, Some(auto)) => (Some(self_signed(Side::Peer, auto)?), false),
             (None, None, None) => (None, true),
         };
+        let verify = verify && !settings.skip_verify;
         if verify && settings.trusted_ca_file.is_none() {
             tracing::warn!(
                 "no --peer-trusted-ca-file: peers at https URLs cannot be verified, and not \
@@ -93,7 +99,7 @@ impl ClientTls {
         }
         let versions = versions(settings.min_version, settings.max_version)?;
         let provider = Arc::new(provider(&settings.cipher_suites, &versions)?);
-        let files = Files { pair, ca: settings.trusted_ca_file, verify };
+        let files = Files { side, pair, ca: settings.trusted_ca_file, verify };
         let pair = files.pair.iter().flat_map(|(cert, key)| [cert, key]);
         let paths = pair.chain(&files.ca).cloned().collect();
         let read = Box::new(move || files.read(&provider, &versions));
@@ -125,6 +131,7 @@ impl ClientTls {
 }
 
 struct Files {
+    side: Side,
     /// Certificate and key.
     pair: Option<(PathBuf, PathBuf)>,
     ca: Option<PathBuf>,
@@ -143,7 +150,7 @@ impl Files {
             .map_err(|_| TlsError::NoSuite)?;
         let builder = if self.verify {
             let roots = match &self.ca {
-                Some(ca) => roots(&Side::Peer.flag("trusted-ca-file"), ca)?,
+                Some(ca) => roots(&self.side.flag("trusted-ca-file"), ca)?,
                 None => RootCertStore::empty(),
             };
             builder.with_root_certificates(roots)
@@ -154,11 +161,11 @@ impl Files {
         let mut config = match &self.pair {
             None => builder.with_no_client_auth(),
             Some((cert, key)) => {
-                let chain = certificates(&Side::Peer.flag("cert-file"), cert)?;
-                let secret = private_key(&Side::Peer.flag("key-file"), key)?;
+                let chain = certificates(&self.side.flag("cert-file"), cert)?;
+                let secret = private_key(&self.side.flag("key-file"), key)?;
                 builder
                     .with_client_auth_cert(chain, secret)
-                    .map_err(|error| misfit(Side::Peer, cert, key, error))?
+                    .map_err(|error| misfit(self.side, cert, key, error))?
             }
         };
         // A peer speaks HTTP/2 and nothing else.
