@@ -14,7 +14,8 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use common::judge::{self, Judges};
 use common::process::{Started, free_port, strings, until};
@@ -39,6 +40,8 @@ use tonic::transport::Channel;
 const CHANGES: usize = 300;
 /// A value that takes many pages, in bytes.
 const LARGE_BYTES: usize = 200_000;
+/// Restores and imports that are killed.
+const KILLS: usize = 20;
 /// Files and directories that are mutated.
 const MUTATIONS: u64 = 200;
 
@@ -277,6 +280,24 @@ async fn what_etcd_saved_is_served_with_every_revision_and_lease() {
         assert!(kvorum.started.terminate().success());
         let again = stage.kvorum(data, &[]);
         assert_eq!(again.hash_kv(last).await.0, hash.0);
+
+        // And on, into a kvorum and back into an etcd.
+        let endpoints = format!("--endpoints=127.0.0.1:{}", again.port);
+        let saved = format!("{data}-saved");
+        stage.succeeds(&server::kvorum(), &["snapshot", "save", &saved, &endpoints]);
+        let (ours, theirs) = (format!("{data}-ours"), format!("{data}-theirs"));
+        stage.restore(&[&saved, "--data-dir", &ours]);
+        let restore = ["snapshot", "restore", &saved, "--data-dir", &theirs];
+        stage.succeeds(&stage.judges.etcdutl, &restore);
+        let (kvorum, etcd) = (stage.kvorum(&ours, &[]), stage.etcd(&theirs, &[]));
+        for node in [&kvorum, &etcd] {
+            assert_eq!(node.hash_kv(0).await, again.hash_kv(0).await);
+            assert!(node.history(first, last).await == history, "{data}: the history differs");
+            assert_eq!(node.leases().await, leases);
+        }
+        let endpoints = format!("--endpoints=127.0.0.1:{}", etcd.port);
+        assert_eq!(stage.succeeds(&etcdctl, &[&endpoints, "user", "list"]), "alice\n");
+        assert_eq!(stage.succeeds(&etcdctl, &[&endpoints, "role", "list"]), "reader\n");
     }
 }
 
@@ -339,10 +360,13 @@ async fn revisions_are_bumped_and_marked_compacted_as_by_etcdutl() {
         kv.compact(physical).await.unwrap();
     }
     assert_eq!(kvorum.hash_kv(0).await, etcd.hash_kv(0).await);
-    // What was restored with a bump can be saved and restored once more.
-    stage.snapshot(&etcd, "again");
-    stage.restore(&["again", "--data-dir", "again-ours"]);
-    assert_eq!(stage.kvorum("again-ours", &[]).hash_kv(0).await, etcd.hash_kv(0).await);
+    // What was restored with a bump can be saved and restored once more, by each.
+    for (node, file) in [(&etcd, "again"), (&kvorum, "once-more")] {
+        stage.snapshot(node, file);
+        let data = format!("{file}-ours");
+        stage.restore(&[file, "--data-dir", &data]);
+        assert_eq!(stage.kvorum(&data, &[]).hash_kv(0).await, etcd.hash_kv(0).await);
+    }
 }
 
 #[tokio::test]
@@ -508,6 +532,69 @@ async fn what_cannot_be_restored_is_refused_as_by_etcdutl() {
     // One that was killed just before the end is completed.
     fs::rename(stage.path("killed/member"), stage.path("killed/member.new")).unwrap();
     drop(stage.kvorum("killed", &[]));
+}
+
+/// Starts a program and kills it after a random part of `took`.
+fn kill_within(mut program: Command, took: Duration, rng: &mut Rng) {
+    let mut child = program.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(took.mul_f64(rng.below(1000) as f64 / 1000.0));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn a_killed_restore_is_no_member_and_a_killed_import_goes_on() {
+    let Some(mut stage) = Stage::new("kills") else { return };
+    let hash = stage.saved("saved").await.0;
+    let (data_dir, file) = (stage.path("data"), stage.path("saved"));
+    let mut command = vec!["snapshot", "restore", "saved", "--data-dir", "data"];
+    let state_hash = |bootstrap: &Bootstrap| {
+        let state = recover::open(&disk(&data_dir), bootstrap).unwrap().state;
+        state.store().hash_kv(state.store().revision())
+    };
+    let program = |stage: &Stage, arguments: &[&str]| {
+        let mut program = Command::new(server::kvorum());
+        program.args(arguments).current_dir(stage.directory.path());
+        program
+    };
+    let began = Instant::now();
+    assert!(program(&stage, &command).output().unwrap().status.success());
+    let took = began.elapsed();
+    assert_eq!(state_hash(&Bootstrap::default()), hash);
+    fs::remove_dir_all(&data_dir).unwrap();
+    for _ in 0..KILLS {
+        let restore_it = program(&stage, &command);
+        kill_within(restore_it, took, &mut stage.rng);
+        let is_there = |name: &str| data_dir.join(name).exists();
+        if is_there("member") || is_there("member.new/CURRENT") {
+            assert_eq!(state_hash(&Bootstrap::default()), hash);
+        } else if is_there("member.new") {
+            let error = recover::open(&disk(&data_dir), &Bootstrap::default()).err().unwrap();
+            assert!(matches!(error, OpenError::RestoreCutShort(_)), "{error}");
+            restore(&as_default(&file, &data_dir, false), &mut |_, _| {}).unwrap();
+            assert_eq!(state_hash(&Bootstrap::default()), hash);
+        }
+        let _ = fs::remove_dir_all(&data_dir);
+    }
+
+    let etcds = ["snapshot", "restore", "saved", "--data-dir", "etcds"];
+    stage.succeeds(&stage.judges.etcdutl, &etcds);
+    let (client, peer) = (free_port(), free_port());
+    let urls = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
+    command = vec!["--data-dir", "data", "--import-etcd-data", "--listen-client-urls", &urls[0]];
+    command.extend(["--advertise-client-urls", &urls[0], "--listen-peer-urls", &urls[1]]);
+    let import = Bootstrap { import_etcd_data: true, ..Bootstrap::default() };
+    for _ in 0..KILLS {
+        let copied =
+            Command::new("cp").arg("-r").args([stage.path("etcds"), data_dir.clone()]).status();
+        assert!(copied.unwrap().success());
+        let import_it = program(&stage, &command);
+        kill_within(import_it, took * 2, &mut stage.rng);
+        let etcds = [data_dir.join("member/snap/db"), data_dir.join("member.etcd/snap/db")];
+        assert_eq!(etcds.iter().filter(|db| db.exists()).count(), 1);
+        assert_eq!(state_hash(&import), hash);
+        fs::remove_dir_all(&data_dir).unwrap();
+    }
 }
 
 fn disk(data_dir: &Path) -> Place {

@@ -8,8 +8,8 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use super::TRAILER_BYTES;
 use super::decode::DecodeError;
+use super::{Digest, TRAILER_BYTES};
 use crate::bolt::read::{Database, ReadError};
 
 /// A database's length is a multiple of this, in bytes.
@@ -133,24 +133,24 @@ impl SnapshotFile {
         let len = self.database_bytes();
         let mut expected = [0; TRAILER_BYTES];
         self.file.read_exact_at(&mut expected, len).map_err(failed)?;
-        let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+        let mut hash = Digest::new();
         let mut buffer = vec![0; HASHED_BYTES];
         let mut at = 0;
         while at < len {
             let left = usize::try_from(len - at).unwrap_or(HASHED_BYTES).min(HASHED_BYTES);
             let piece = buffer.get_mut(..left).unwrap_or_default();
             self.file.read_exact_at(piece, at).map_err(failed)?;
-            hash.update(piece);
+            hash.add(piece);
             at += left as u64;
         }
         let found = hash.finish();
-        if found.as_ref() == expected {
+        if found == expected {
             return Ok(());
         }
         Err(FileError::HashWrong {
             path: self.path.clone(),
             expected: hex(&expected),
-            found: hex(found.as_ref()),
+            found: hex(&found),
         })
     }
 
@@ -202,8 +202,9 @@ mod tests {
         let error = file.check_hash().unwrap_err().to_string();
         assert!(error.starts_with("snapshot missing hash but --skip-hash-check=false"), "{error}");
 
-        let hash = ring::digest::digest(&ring::digest::SHA256, &bytes);
-        bytes.extend_from_slice(hash.as_ref());
+        let mut hash = Digest::new();
+        hash.add(&bytes);
+        bytes.extend_from_slice(&hash.finish());
         let (_dir, file) = written(&bytes);
         assert_eq!(file.database_bytes(), 1024);
         file.check_hash().unwrap();
