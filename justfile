@@ -60,6 +60,10 @@ sliding-window *flags: contestants
 defragment *flags: contestants
     target/release/kvorum-bench defragment {{flags}}
 
+# Snapshots of 1 GiB, saved and restored in turns with etcd.
+snapshot *flags: contestants
+    target/release/kvorum-bench snapshot {{flags}}
+
 # etcd and kvorum, as they are measured.
 contestants: judges
     cargo build --release --workspace

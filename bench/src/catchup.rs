@@ -29,7 +29,7 @@ use crate::cluster::{self, Cluster, MEMBERS, Options};
 use crate::process;
 use crate::report::{self, number};
 use crate::requests::Template;
-use crate::workload::{self, Kind, Load};
+use crate::workload::{self, Load};
 
 /// Entries of the log between checkpoints, and kept behind them.
 const LOG_ENTRIES: &str = "1000";
@@ -204,21 +204,7 @@ async fn measure(
 /// Puts `size` bytes of values.
 fn state(endpoint: &str, size: usize) -> Load {
     let val_size = (size / MIN_VALUES).clamp(1, MAX_VALUE_BYTES);
-    Load {
-        kind: Kind::Load,
-        endpoints: vec![endpoint.to_owned()],
-        clients: 50,
-        conns: 5,
-        duration: Duration::ZERO,
-        total: None,
-        first: 0,
-        keys: size / val_size,
-        key_size: KEY_BYTES,
-        val_size,
-        limit: 0,
-        serializable: false,
-        watchers: 0,
-    }
+    Load::state(endpoint, size / val_size, KEY_BYTES, val_size)
 }
 
 /// Bytes of all files below `directory`; what vanishes meanwhile is not counted.

@@ -71,6 +71,12 @@ impl Options {
         std::fs::create_dir_all(&options.directory)?;
         Ok(options)
     }
+
+    /// The programs whose names contain `only`, by name.
+    pub fn sides(&self, only: &str) -> impl Iterator<Item = (&'static str, &Path)> {
+        let programs = self.programs.iter().map(PathBuf::as_path);
+        ["etcd", "kvorum"].into_iter().zip(programs).filter(move |(name, _)| name.contains(only))
+    }
 }
 
 /// `--seed`, or one that nobody chose; says which.

@@ -28,7 +28,7 @@ use crate::process;
 use crate::report::{self, milliseconds, number};
 use crate::requests::Template;
 use crate::server::Server;
-use crate::workload::{self, Kind, Load};
+use crate::workload::{self, Load};
 
 const KEY_BYTES: usize = 32;
 /// Bytes of a value of the state, and of one that is put meanwhile.
@@ -45,8 +45,6 @@ const PATIENCE: Duration = Duration::from_secs(1_800);
 const SETTLING: Duration = Duration::from_secs(15);
 /// How long puts are measured before.
 const USUAL: Duration = Duration::from_secs(15);
-/// How often memory is looked at.
-const SAMPLE: Duration = Duration::from_millis(20);
 /// How many times its normal value kvorum's p99 may be meanwhile.
 const PROMISED_TIMES: f64 = 2.0;
 const MIB: f64 = (1 << 20) as f64;
@@ -70,10 +68,7 @@ pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     let only = args.text("only", "");
     args.finish()?;
     let mut sides = Vec::new();
-    for (program, name) in options.programs.iter().zip(["etcd", "kvorum"]) {
-        if !name.contains(&only) {
-            continue;
-        }
+    for (name, program) in options.sides(&only) {
         let measured = measure(program, &options.directory, size_mib << 20, rate).await;
         let measured = measured.map_err(|error| format!("{}: {error}", program.display()))?;
         sides.push((name, measured));
@@ -83,21 +78,15 @@ pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
          meanwhile: {}\n",
         report::contestants(&options.programs)
     );
-    let names: Vec<&str> = sides.iter().map(|(name, _)| *name).collect();
-    println!("| | {} |\n|---|{}", names.join(" | "), "---|".repeat(names.len()));
-    let row = |name: &str, value: &dyn Fn(&Measured) -> String| {
-        let values: Vec<String> = sides.iter().map(|(_, side)| value(side)).collect();
-        println!("| {name} | {} |", values.join(" | "));
-    };
-    row("Defragment, s", &|side| number(side.seconds));
-    row("disk without the log before, MiB", &|side| number(side.disk_before_mib));
-    row("disk without the log after, MiB", &|side| number(side.disk_after_mib));
-    row("memory before, MiB", &|side| number(side.memory_before_mib));
-    row("memory at most meanwhile, MiB", &|side| number(side.memory_most_mib));
-    row("puts normally: p50, p99, max, ms", &|side| latencies(&side.usual));
-    row("puts meanwhile: p50, p99, max, ms", &|side| latencies(&side.meanwhile));
-    let side = |name| sides.iter().find(|(side, _)| *side == name).map(|(_, side)| side);
-    let kept = side("kvorum").map_or(Vec::new(), |kvorum| broken(side("etcd"), kvorum));
+    let table = report::Columns::head(&sides);
+    table.row("Defragment, s", |side| number(side.seconds));
+    table.row("disk without the log before, MiB", |side| number(side.disk_before_mib));
+    table.row("disk without the log after, MiB", |side| number(side.disk_after_mib));
+    table.row("memory before, MiB", |side| number(side.memory_before_mib));
+    table.row("memory at most meanwhile, MiB", |side| number(side.memory_most_mib));
+    table.row("puts normally: p50, p99, max, ms", |side| latencies(&side.usual));
+    table.row("puts meanwhile: p50, p99, max, ms", |side| latencies(&side.meanwhile));
+    let kept = table.side("kvorum").map_or(Vec::new(), |kvorum| broken(table.side("etcd"), kvorum));
     report::verdict(options.assert, &kept)
 }
 
@@ -139,7 +128,8 @@ async fn measure(
     let keys = (size / STATE_VALUE_BYTES).max(2);
     eprintln!("{}: loading {keys} values of {STATE_VALUE_BYTES} bytes", program.display());
     for keys in [keys, keys / 2] {
-        workload::run_within(PATIENCE, &state(&endpoint, keys), &[]).await?;
+        let state = Load::state(&endpoint, keys, KEY_BYTES, STATE_VALUE_BYTES);
+        workload::run_within(PATIENCE, &state, &[]).await?;
     }
     cluster::compact(&endpoint, 0).await?;
     tokio::time::sleep(SETTLING).await;
@@ -148,19 +138,9 @@ async fn measure(
         tokio::time::sleep(USUAL).await;
         puts.done().await?
     };
-    let memory = || process::resident_bytes(server.pid()).unwrap_or(0);
-    let (disk_before, memory_before) = (server.disk_bytes(), memory());
-    let most = Rc::new(Cell::new(0));
-    let mut sampling = JoinSet::new();
-    sampling.spawn_local({
-        let (most, pid) = (Rc::clone(&most), server.pid());
-        async move {
-            loop {
-                most.set(process::resident_bytes(pid).unwrap_or(0).max(most.get()));
-                tokio::time::sleep(SAMPLE).await;
-            }
-        }
-    });
+    let disk_before = server.disk_bytes();
+    let memory_before = process::resident_bytes(server.pid()).unwrap_or(0);
+    let memory = process::Watch::start(server.pid());
     let puts = Puts::start(&endpoint, rate).await?;
     let begun = Instant::now();
     let method = "etcdserverpb.Maintenance/Defragment";
@@ -168,35 +148,15 @@ async fn measure(
         cluster::call(&endpoint, method, &DefragmentRequest {}, PATIENCE).await?;
     let seconds = begun.elapsed().as_secs_f64();
     let meanwhile = puts.done().await?;
-    drop(sampling);
     Ok(Measured {
         seconds,
         disk_before_mib: disk_before as f64 / MIB,
         disk_after_mib: server.disk_bytes() as f64 / MIB,
         memory_before_mib: memory_before as f64 / MIB,
-        memory_most_mib: most.get() as f64 / MIB,
+        memory_most_mib: memory.most_bytes() as f64 / MIB,
         usual,
         meanwhile,
     })
-}
-
-/// Puts every key once.
-fn state(endpoint: &str, keys: usize) -> Load {
-    Load {
-        kind: Kind::Load,
-        endpoints: vec![endpoint.to_owned()],
-        clients: 50,
-        conns: 5,
-        duration: Duration::ZERO,
-        total: None,
-        first: 0,
-        keys,
-        key_size: KEY_BYTES,
-        val_size: STATE_VALUE_BYTES,
-        limit: 0,
-        serializable: false,
-        watchers: 0,
-    }
 }
 
 /// Puts at a steady rate, until this goes out of scope.

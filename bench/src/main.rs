@@ -15,7 +15,8 @@
 //!
 //! [`compare`] measures single members, [`throughput`] clusters of three, and
 //! [`failover`], [`rolling`] and [`catchup`] what happens to clusters whose members
-//! are killed, restarted, or left behind. [`window`] and [`defragment`] are about the disk.
+//! are killed, restarted, or left behind. [`window`] and [`defragment`] are about the disk,
+//! [`snapshot`] is about backups.
 
 mod args;
 mod catchup;
@@ -30,6 +31,7 @@ mod report;
 mod requests;
 mod rolling;
 mod server;
+mod snapshot;
 mod throughput;
 mod window;
 mod workload;
@@ -53,6 +55,7 @@ kvorum-bench snapshot-catchup [flags]
 kvorum-bench sliding-window [flags]
                                    keys come and go; what does that take on the disk and in memory?
 kvorum-bench defragment [flags]    defragment under load: time, memory, and what puts notice
+kvorum-bench snapshot [flags]      save and restore in turns: time and memory
 
 workloads
   put          put random keys of the key space
@@ -100,13 +103,16 @@ flags of cluster, failover, rolling and snapshot-catchup
   --size MIB                the state a member must catch up with (1024; snapshot-catchup)
   --write-rate N            writes per second meanwhile (200; snapshot-catchup)
 
-flags of sliding-window and defragment
+flags of sliding-window, defragment and snapshot
   --etcd, --kvorum, --dir, --assert, --only NAME (etcd or kvorum)
   --writes N                in all (10000000; sliding-window)
   --compact-every N         writes between two compactions (100000; sliding-window)
   --random                  put any of the keys, instead of a new one and delete the oldest
-  --size-mib MIB            the state (1024; defragment)
-  --rate N                  puts per second meanwhile (500; defragment)";
+  --size-mib MIB            the state (1024; defragment, snapshot)
+  --rate N                  puts per second meanwhile (500; defragment)
+  --rounds N                how often each is saved and restored (3; snapshot)
+
+snapshot runs etcdctl and etcdutl, which must be beside --etcd.";
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -162,6 +168,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
         "snapshot-catchup" => return catchup::run(args).await,
         "defragment" => return defragment::run(args).await,
         "sliding-window" => return window::run(args).await,
+        "snapshot" => return snapshot::run(args).await,
         _ => {}
     }
     let kind =

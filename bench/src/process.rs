@@ -1,10 +1,16 @@
 //! What a process costs, from `/proc`.
 
+use std::cell::Cell;
 use std::fs;
+use std::rc::Rc;
 use std::time::Duration;
+
+use tokio::task::JoinSet;
 
 /// The kernel reports processor time in hundredths of a second to every program.
 const TICKS_PER_SECOND: u64 = 100;
+/// How often the memory of a process that is [watched](Watch) is looked at.
+const SAMPLE: Duration = Duration::from_millis(20);
 
 /// Processor time a process has used, all threads, user and system.
 pub fn cpu(pid: u32) -> Option<Duration> {
@@ -18,10 +24,48 @@ pub fn cpu(pid: u32) -> Option<Duration> {
 
 /// Memory a process holds, in bytes.
 pub fn resident_bytes(pid: u32) -> Option<u64> {
+    status_bytes(pid, "VmRSS:")
+}
+
+/// The most memory a process has ever held, in bytes.
+pub fn peak_resident_bytes(pid: u32) -> Option<u64> {
+    status_bytes(pid, "VmHWM:")
+}
+
+fn status_bytes(pid: u32, name: &str) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    let line = status.lines().find(|line| line.starts_with(name))?;
     let kibibytes: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kibibytes * 1_024)
+}
+
+/// The most memory that a process holds from here on, until this goes out of scope.
+pub struct Watch {
+    most: Rc<Cell<u64>>,
+    _task: JoinSet<()>,
+}
+
+impl Watch {
+    /// Looks at the memory of `pid`, again and again.
+    pub fn start(pid: u32) -> Watch {
+        let most = Rc::new(Cell::new(resident_bytes(pid).unwrap_or(0)));
+        let mut task = JoinSet::new();
+        task.spawn_local({
+            let most = Rc::clone(&most);
+            async move {
+                loop {
+                    tokio::time::sleep(SAMPLE).await;
+                    most.set(resident_bytes(pid).unwrap_or(0).max(most.get()));
+                }
+            }
+        });
+        Watch { most, _task: task }
+    }
+
+    /// The most until now, in bytes.
+    pub fn most_bytes(&self) -> u64 {
+        self.most.get()
+    }
 }
 
 /// Processor time of all of `pids`; `None` if there are none or one is gone.

@@ -162,6 +162,29 @@ pub fn throughput_row(name: &str, etcd: &Summary, kvorum: &Summary) -> String {
     )
 }
 
+/// A table, as it is printed, with a column for each side that was measured.
+pub struct Columns<'a, T>(&'a [(&'static str, T)]);
+
+impl<'a, T> Columns<'a, T> {
+    /// Prints its head.
+    pub fn head(sides: &'a [(&'static str, T)]) -> Columns<'a, T> {
+        let names: Vec<&str> = sides.iter().map(|(name, _)| *name).collect();
+        println!("| | {} |\n|---|{}", names.join(" | "), "---|".repeat(names.len()));
+        Columns(sides)
+    }
+
+    /// Prints a row.
+    pub fn row(&self, name: &str, value: impl Fn(&T) -> String) {
+        let values: Vec<String> = self.0.iter().map(|(_, side)| value(side)).collect();
+        println!("| {name} | {} |", values.join(" | "));
+    }
+
+    /// What was measured of a side, if it was.
+    pub fn side(&self, name: &str) -> Option<&'a T> {
+        self.0.iter().find(|(side, _)| *side == name).map(|(_, side)| side)
+    }
+}
+
 /// Says which promises were not kept, and with `assert` ends with an error if one was not.
 pub fn verdict(assert: bool, broken: &[String]) -> Result<(), Box<dyn Error>> {
     for promise in broken {

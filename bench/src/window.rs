@@ -108,10 +108,7 @@ pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     };
     args.finish()?;
     let mut sides = Vec::new();
-    for (program, name) in options.programs.iter().zip(["etcd", "kvorum"]) {
-        if !name.contains(&only) {
-            continue;
-        }
+    for (name, program) in options.sides(&only) {
         let measured = measure(program, &options.directory, &window).await;
         let measured = measured.map_err(|error| format!("{}: {error}", program.display()))?;
         sides.push((name, measured));
@@ -125,21 +122,15 @@ pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
         number(window.compact_every as f64),
         report::contestants(&options.programs)
     );
-    let names: Vec<&str> = sides.iter().map(|(name, _)| *name).collect();
-    println!("| | {} |\n|---|{}", names.join(" | "), "---|".repeat(names.len()));
-    let row = |name: &str, value: &dyn Fn(&Measured) -> f64| {
-        let values: Vec<String> = sides.iter().map(|(_, side)| number(value(side))).collect();
-        println!("| {name} | {} |", values.join(" | "));
-    };
-    row("writes per second", &|side| side.writes_per_second);
-    row("disk without the log at most, times live data", &|side| side.disk_most);
-    row("disk without the log at the end, times live data", &|side| side.disk_end);
+    let table = report::Columns::head(&sides);
+    table.row("writes per second", |side| number(side.writes_per_second));
+    table.row("disk without the log at most, times live data", |side| number(side.disk_most));
+    table.row("disk without the log at the end, times live data", |side| number(side.disk_end));
     for quarter in 0..QUARTERS {
         let name = format!("memory in quarter {} at most, MiB", quarter + 1);
-        row(&name, &|side| side.memory_mib[quarter]);
+        table.row(&name, |side| number(side.memory_mib[quarter]));
     }
-    let kvorum = sides.iter().find(|(name, _)| *name == "kvorum");
-    report::verdict(options.assert, &kvorum.map_or(Vec::new(), |(_, side)| broken(side)))
+    report::verdict(options.assert, &table.side("kvorum").map_or(Vec::new(), broken))
 }
 
 /// What kvorum promised and did not keep.

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kvorum::pb::etcdserverpb::{
-    LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, PutRequest, TxnResponse,
-    WatchCreateRequest, WatchRequest, response_op::Response, watch_request::RequestUnion,
+    LeaseGrantRequest, LeaseGrantResponse, LeaseKeepAliveRequest, PutRequest, RangeRequest,
+    RangeResponse, TxnResponse, WatchCreateRequest, WatchRequest, response_op::Response,
+    watch_request::RequestUnion,
 };
 use kvorum::pb::mvccpb::KeyValue;
 use prost::Message as _;
@@ -89,6 +90,27 @@ pub struct Load {
     pub limit: usize,
     pub serializable: bool,
     pub watchers: usize,
+}
+
+impl Load {
+    /// Puts each of so many keys once: a state for what is measured afterwards.
+    pub fn state(endpoint: &str, keys: usize, key_size: usize, val_size: usize) -> Load {
+        Load {
+            kind: Kind::Load,
+            endpoints: vec![endpoint.to_owned()],
+            clients: 50,
+            conns: 5,
+            duration: Duration::ZERO,
+            total: None,
+            first: 0,
+            keys,
+            key_size,
+            val_size,
+            limit: 0,
+            serializable: false,
+            watchers: 0,
+        }
+    }
 }
 
 /// What a run did.
@@ -511,12 +533,26 @@ impl Watchers {
     }
 }
 
+const FIRST_KEY: &[u8] = b"first";
+
 /// Puts the first key, as soon as the server lets it.
 pub async fn first_put(endpoint: &str) -> Result<(), CallError> {
     let mut connection = Connection::open(endpoint).await?;
     let path = connection.path("etcdserverpb.KV/Put")?;
-    let put = PutRequest { key: Bytes::from_static(b"first"), ..Default::default() };
+    let put = PutRequest { key: Bytes::from_static(FIRST_KEY), ..Default::default() };
     connection.unary(&path, frame(&put)).await.map(drop)
+}
+
+/// Gets the key that [`first_put`] has put, which must be there.
+pub async fn first_get(endpoint: &str) -> Result<(), CallError> {
+    let mut connection = Connection::open(endpoint).await?;
+    let path = connection.path("etcdserverpb.KV/Range")?;
+    let get = RangeRequest { key: Bytes::from_static(FIRST_KEY), ..Default::default() };
+    let answer = connection.unary(&path, frame(&get)).await?;
+    match RangeResponse::decode(answer)?.count {
+        1 => Ok(()),
+        count => Err(format!("the first key is there {count} times").into()),
+    }
 }
 
 /// SplitMix64.
