@@ -52,6 +52,14 @@ rolling *flags: contestants
 snapshot-catchup *flags: contestants
     target/release/kvorum-bench snapshot-catchup {{flags}}
 
+# Keys that come and go: disk and memory. Takes half an hour; --writes 1000000 takes minutes.
+sliding-window *flags: contestants
+    target/release/kvorum-bench sliding-window {{flags}}
+
+# Defragmentation of 1 GiB under load.
+defragment *flags: contestants
+    target/release/kvorum-bench defragment {{flags}}
+
 # etcd and kvorum, as they are measured.
 contestants: judges
     cargo build --release --workspace

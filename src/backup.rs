@@ -16,9 +16,9 @@
 //! All of them are there, empty or not. A snapshot file is such a database (`bolt`), and behind
 //! it its SHA-256.
 //!
-//! * [`file`]: a snapshot file, and whether its hash is right.
 //! * [`encode`]: from records to rows.
 //! * [`decode`]: from rows to records.
+//! * [`file`]: a snapshot file, and whether its hash is right.
 //! * [`status`]: what `snapshot status` says of a file.
 //! * [`wal`]: etcd's log, as far as it says whether a database is complete.
 

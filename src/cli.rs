@@ -1,15 +1,17 @@
 //! The commands that are no server: `kvorum snapshot …`, with the flags, the output and the exit
 //! codes of `etcdctl snapshot` and `etcdutl snapshot`.
 //!
-//! `save` is a client, and reads its arguments itself. Any other command is a [`Command`]: what it is called with, its flags, and the function that carries
+//! A command is a [`Command`]: what it is called with, its flags, and the function that carries
 //! it out. The syntax is that of etcd's tools: `--flag=v`, `--flag v`, `-w v`, `--flag` alone for
-//! one that is yes or no, anywhere between the arguments; `--` ends the flags.
+//! one that is yes or no, anywhere between the arguments; `--` ends the flags. The flags of a
+//! command of etcdctl's are variables, too: `ETCDCTL_ENDPOINTS` is `--endpoints`.
 //!
 //! | exit code | |
 //! |---|---|
 //! | 0 | done |
 //! | 1 | it failed, or a flag is none |
 //! | 4 | there is no such output format |
+//! | 5 | no server could be asked, or it did not answer well |
 //! | 128 | arguments are missing or too many, or flags do not go together |
 
 mod restore;
@@ -25,6 +27,8 @@ use std::process::ExitCode;
 pub(crate) const EXIT_ERROR: u8 = 1;
 /// etcd's code for a format that there is not.
 pub(crate) const EXIT_BAD_FEATURE: u8 = 4;
+/// etcdctl's code for what failed between it and the server.
+pub(crate) const EXIT_SERVER: u8 = 5;
 /// etcd's code for arguments that cannot be.
 pub(crate) const EXIT_BAD_ARGUMENTS: u8 = 128;
 
@@ -79,16 +83,27 @@ pub(crate) struct Command {
     help: &'static str,
     /// Its flags.
     flags: &'static [Flag],
+    /// What the names of their variables begin with; empty if there are none.
+    variables: &'static str,
     /// Carries it out, and returns what to print.
     run: fn(&Arguments) -> Result<String, Failure>,
 }
 
 const COMMANDS: &[Command] = &[
     Command {
+        name: "save",
+        arguments: "<filename> [options]",
+        help: "Stores a server's snapshot in a file",
+        flags: save::FLAGS,
+        variables: "ETCDCTL_",
+        run: save::run,
+    },
+    Command {
         name: "status",
         arguments: "<filename>",
         help: "Shows the hash, the revision, the number of keys and the size of a snapshot file",
         flags: &[WRITE_OUT],
+        variables: "",
         run: status::run,
     },
     Command {
@@ -96,6 +111,7 @@ const COMMANDS: &[Command] = &[
         arguments: "<filename> --data-dir {output dir} [options]",
         help: "Makes the data directory of a new cluster's member from a snapshot file",
         flags: restore::FLAGS,
+        variables: "",
         run: restore::run,
     },
 ];
@@ -119,11 +135,11 @@ impl Arguments {
         self.get(name) == "true"
     }
 
-    /// The one argument that there must be.
-    pub(crate) fn only(&self, command: &str) -> Result<&str, Failure> {
+    /// The one argument that there must be; otherwise it fails with `message`.
+    pub(crate) fn only(&self, message: &str) -> Result<&str, Failure> {
         match self.positional.as_slice() {
             [only] => Ok(only),
-            _ => Err(Failure::usage(format!("snapshot {command} requires exactly one argument"))),
+            _ => Err(Failure::usage(message)),
         }
     }
 }
@@ -132,13 +148,6 @@ impl Arguments {
 pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Option<ExitCode> {
     let mut arguments = arguments.peekable();
     arguments.next_if(|first| first == "snapshot")?;
-    if arguments.next_if(|command| command == "save").is_some() {
-        // A client: it has etcdctl's flags, variables and exit codes, and reads them itself.
-        let arguments: Vec<String> =
-            arguments.map(|argument| argument.to_string_lossy().into_owned()).collect();
-        let variable = |name: &str| std::env::var(name).ok();
-        return Some(ExitCode::from(save::run(&arguments, &variable)));
-    }
     Some(match dispatch(arguments) {
         Ok(text) => {
             // Standard output may be a closed pipe: nothing is lost that anybody waits for.
@@ -164,20 +173,25 @@ fn dispatch(mut arguments: impl Iterator<Item = OsString>) -> Result<String, Fai
             help_of_all()
         ))
     })?;
-    match parse(command, arguments)? {
+    match parse(command, arguments, &|name| std::env::var(name).ok())? {
         Some(arguments) => (command.run)(&arguments),
         None => Ok(help_of(command)),
     }
 }
 
-/// Reads what follows a command; `None` if it asks for help.
+/// Reads what follows a command; `None` if it asks for help. `variable` gives variables of the
+/// environment.
 fn parse(
     command: &Command,
     arguments: impl Iterator<Item = OsString>,
+    variable: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Option<Arguments>, Failure> {
     let mut parsed = Arguments::default();
     for flag in command.flags {
-        parsed.flags.insert(flag.name, flag.default.to_owned());
+        let name = format!("{}{}", command.variables, flag.name).to_uppercase().replace('-', "_");
+        let value = Some(name).filter(|_| !command.variables.is_empty());
+        let value = value.and_then(|name| variable(&name));
+        parsed.flags.insert(flag.name, value.unwrap_or_else(|| flag.default.to_owned()));
     }
     let wrong = |what: String| Failure::new(format!("{what}\n{}", help_of(command)));
     let mut arguments = arguments.map(|argument| {
@@ -240,10 +254,8 @@ fn parse(
 
 fn help_of_all() -> String {
     let mut text = "Usage:\n  kvorum snapshot <command>\n\nCommands:\n".to_owned();
-    let save = ("save", "Stores a server's snapshot in a given file");
-    let others = COMMANDS.iter().map(|command| (command.name, command.help));
-    for (name, help) in std::iter::once(save).chain(others) {
-        text.push_str(&format!("  {name:<10}{help}\n"));
+    for command in COMMANDS {
+        text.push_str(&format!("  {:<10}{}\n", command.name, command.help));
     }
     text.push_str("\n`kvorum snapshot <command> --help` shows a command's flags.\n");
     text
@@ -270,7 +282,7 @@ mod tests {
 
     fn parsed(arguments: &[&str]) -> Result<Option<Arguments>, Failure> {
         let command = COMMANDS.iter().find(|command| command.name == "restore").unwrap();
-        parse(command, arguments.iter().map(OsString::from))
+        parse(command, arguments.iter().map(OsString::from), &|_| None)
     }
 
     #[test]

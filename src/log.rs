@@ -33,8 +33,8 @@
 //! ```text
 //! byte 0       8        12   16          24         32        40    48            56
 //!      KVORUMLG│version │0   │cluster_id │member_id │sequence │salt │previous_end │next_index
-//!      64    72    80      88           96          104               4092   4096
-//!      term  │vote │commit │start.index │start.term │0 …            0│crc32c│
+//!      64    72    80      88           96          104         112     4092   4096
+//!      term  │vote │commit │start.index │start.term │file_bytes │0 …  0│crc32c│
 //! ```
 //!
 //! A **record** is one append, most often one raft `Ready`, whole or not there:
@@ -187,9 +187,13 @@ pub struct Options {
     pub identity: Identity,
     /// The log has held, synced, an entry of this index: a checkpoint has it. A log that
     /// ends before is damaged, even where it looks like one whose last write was torn. 0
-    /// when nothing is known.
+    /// when there never was a checkpoint that knew more; [`REACHES_UNKNOWN`] when there was.
     pub reaches: u64,
 }
+
+/// [`Options::reaches`] of a log whose checkpoint cannot be read: whether its last write was
+/// torn, or acknowledged and then damaged, cannot be told, and the latter is assumed.
+pub const REACHES_UNKNOWN: u64 = u64::MAX;
 
 /// What a log held when it was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -285,8 +289,10 @@ pub enum LogError {
     #[error(
         "raft log {} is damaged at byte {offset}: {what}. Starting would silently lose what \
          was acknowledged. Put back an intact copy of the file; or remove this member from \
-         the cluster and add it again with an empty data directory; or, if it is the only \
-         member, restore a snapshot", file.display()
+         the cluster (`etcdctl member list`, `etcdctl member remove <id>`) and add it again \
+         (`etcdctl member add <name> --peer-urls=<urls>`) with an empty data directory and \
+         --initial-cluster-state=existing; or, if it is the only member, restore a snapshot \
+         (`kvorum snapshot restore <file> --data-dir <empty directory>`)", file.display()
     )]
     Damaged {
         /// The segment.
@@ -299,8 +305,11 @@ pub enum LogError {
     /// A segment is not there that still has entries the others do not.
     #[error(
         "raft log {}: segment {sequence:016x}-*.log is missing, or one before it. Put it back; \
-         or remove this member from the cluster and add it again with an empty data \
-         directory; or, if it is the only member, restore a snapshot", dir.display()
+         or remove this member from the cluster (`etcdctl member list`, `etcdctl member remove \
+         <id>`) and add it again (`etcdctl member add <name> --peer-urls=<urls>`) with an empty \
+         data directory and --initial-cluster-state=existing; or, if it is the only member, \
+         restore a snapshot (`kvorum snapshot restore <file> --data-dir <empty directory>`)",
+        dir.display()
     )]
     Missing {
         /// The log's directory.
@@ -311,7 +320,9 @@ pub enum LogError {
     /// The segment was written by a version with another format.
     #[error(
         "raft log {}: written in format {version}, and this version knows format {known}: \
-         start the version of kvorum that wrote it", file.display()
+         start the version of kvorum that wrote it. To go back to this version, save a snapshot \
+         with the other one (`kvorum snapshot save`) and restore it with this one into an empty \
+         --data-dir (`kvorum snapshot restore`), for all members", file.display()
     )]
     Format {
         /// The segment.

@@ -33,6 +33,7 @@
 
 pub mod identity;
 mod link;
+pub mod pull;
 mod queue;
 mod receiver;
 pub mod refusal;

@@ -21,6 +21,7 @@
 mod corruption_tests;
 pub mod discover;
 mod face;
+pub mod heal;
 mod member;
 mod sockets;
 mod stop;
@@ -67,6 +68,9 @@ pub enum StartError {
     /// Nobody tells a member that joins who its peers are.
     #[error(transparent)]
     Discover(#[from] discover::NobodyAnswered),
+    /// The checkpoint is damaged, and no peer has given this member another.
+    #[error(transparent)]
+    NotHealed(#[from] heal::NotHealed),
     /// The directory for snapshots cannot be used.
     #[error("cannot use the directory for snapshots, member/snap in --data-dir: {0}")]
     Snapshots(std::io::Error),

@@ -20,6 +20,7 @@
 //! starts a thread of its own (sled does). All calls block.
 
 mod faulty;
+mod frozen;
 mod generations;
 pub mod image;
 mod mark;
@@ -144,11 +145,32 @@ impl Batch {
         self.size_bytes = (self.size_bytes + value_bytes).saturating_sub(replaced_bytes);
     }
 
+    /// Whether it changes a key of [`Table::Mvcc`] up to this one.
+    fn changes_up_to(&self, last: Option<&[u8]>) -> bool {
+        let first = self.changes.range((Table::Mvcc, Bytes::new())..).next();
+        first.is_some_and(|((table, key), _)| *table == Table::Mvcc && Some(&key[..]) <= last)
+    }
+
     /// The first key that is too long to be stored, if any: its table and length.
     fn oversized_key(&self) -> Option<(Table, usize)> {
         let mut keys = self.changes.keys();
         keys.find(|(_, key)| key.len() > KEY_MAX_BYTES).map(|(table, key)| (*table, key.len()))
     }
+}
+
+/// Writes records of [`Table::Mvcc`] in batches, as any other.
+fn write_in_batches(
+    storage: &mut dyn Storage,
+    records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+) -> Result<(), StorageError> {
+    let mut batch = Batch::new();
+    for (key, value) in records {
+        batch.put(Table::Mvcc, key, value);
+        if batch.is_full() {
+            storage.write(std::mem::take(&mut batch))?;
+        }
+    }
+    if batch.is_empty() { Ok(()) } else { storage.write(batch) }
 }
 
 /// Receives the records of a scan; `Break` ends it.
@@ -165,6 +187,23 @@ pub trait Storage: Send {
     /// # Errors
     /// `KeyTooLong` before anything is changed; otherwise what the disk says.
     fn write(&mut self, batch: Batch) -> Result<(), StorageError>;
+
+    /// Adds records of [`Table::Mvcc`] that are never changed: they come in the order of their
+    /// keys, and after all that are there, from an iterator that may take its time. They take
+    /// less space than others, and stay as they are: no batch may change a key up to
+    /// [`Storage::frozen_to`]. They may become visible with the next batch, in which all of them
+    /// are written or none; where a storage does without this they are written in batches of
+    /// their own.
+    ///
+    /// # Errors
+    /// What the disk says.
+    fn freeze(
+        &mut self,
+        records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+    ) -> Result<(), StorageError>;
+
+    /// The last key of those in [`Table::Mvcc`] that cannot be changed or removed.
+    fn frozen_to(&self) -> Option<Bytes>;
 
     /// Makes all earlier writes durable: they survive the loss of power.
     ///
@@ -203,6 +242,12 @@ pub trait Storage: Send {
 }
 
 impl StorageError {
+    /// Whether what is on the disk is not what was written there, or not all of it. Another
+    /// start would find the same.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, StorageError::Damaged { .. } | StorageError::Foreign { .. })
+    }
+
     /// Whether the disk has no space left: the same may succeed once it has.
     pub fn is_full(&self) -> bool {
         let StorageError::Io { source, .. } = self else { return false };
@@ -224,11 +269,7 @@ pub enum StorageError {
         dir: PathBuf,
     },
     /// What is there is not what was written.
-    #[error(
-        "checkpoint {} is damaged ({detail}): if the cluster has a majority without this \
-         member, remove the member and add it again with an empty --data-dir; otherwise \
-         restore a snapshot. Keep the directory until then, and check the disk", .dir.display()
-    )]
+    #[error("checkpoint {} is damaged ({detail}): keep it, and check the disk", .dir.display())]
     Damaged {
         /// The checkpoint's directory.
         dir: PathBuf,
@@ -248,11 +289,13 @@ pub enum StorageError {
     },
     /// A newer version of kvorum wrote it.
     #[error(
-        "checkpoint {} has format {found}, this version of kvorum knows formats up to {known}: \
-         start the version that wrote it, or a newer one", .dir.display()
+        "{} has format {found}, this version of kvorum knows formats up to {known}: start the \
+         version that wrote it, or a newer one. To go back to this version, save a snapshot with \
+         the newer one (`kvorum snapshot save`) and restore it with this one into an empty \
+         --data-dir (`kvorum snapshot restore`), for all members", .dir.display()
     )]
     NewerFormat {
-        /// The checkpoint's directory.
+        /// The checkpoint's directory, or the file that says it of the whole data directory.
         dir: PathBuf,
         /// The format it has.
         found: u32,
@@ -278,6 +321,9 @@ pub enum StorageError {
         /// The checkpoint's directory.
         dir: PathBuf,
     },
+    /// A key is among those that stay as they are.
+    #[error("a key of table Mvcc is changed that is frozen")]
+    Frozen,
     /// A key is longer than [`KEY_MAX_BYTES`].
     #[error("a key of {len} bytes in table {table:?}, where {KEY_MAX_BYTES} is the most")]
     KeyTooLong {

@@ -236,6 +236,57 @@ async fn what_was_deleted_at_the_compacted_revision_does_not_count() {
     }
 }
 
+/// Nobody asks for a defragmentation, and no server stops for one.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_compaction_freed_goes_back_to_the_disk() {
+    const WRITTEN: usize = 100 * MIB;
+    let mut server = TestServer::start(&kvorum(), &[]);
+    let mut clients = Clients::new(&server);
+    let mut revision = 0;
+    for _ in 0..WRITTEN / (256 << 10) {
+        revision = clients.put("big", vec![7; 256 << 10]).await.unwrap();
+    }
+    let size = async |server: &TestServer| {
+        let status = MaintenanceClient::new(server.channel()).status(StatusRequest {}).await;
+        let status = status.unwrap().into_inner();
+        let scrape = Scrape::of(&server.client_address());
+        let total = scrape.value("etcd_mvcc_db_total_size_in_bytes") as usize;
+        let in_use = scrape.value("etcd_mvcc_db_total_size_in_use_in_bytes") as usize;
+        assert_eq!(in_use, status.db_size_in_use as usize);
+        (total, in_use)
+    };
+    let began = Instant::now();
+    while size(&server).await.0 < WRITTEN {
+        assert!(began.elapsed() < PATIENCE, "the checkpoint is not written");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(size(&server).await.1 > WRITTEN);
+    clients.kv.compact(CompactionRequest { revision, physical: true }).await.unwrap();
+    let began = Instant::now();
+    let (total, in_use) = loop {
+        let (total, in_use) = size(&server).await;
+        if total < 32 * MIB {
+            break (total, in_use);
+        }
+        assert!(began.elapsed() < PATIENCE, "{total} bytes are taken, {in_use} in use");
+        clients.put("small", "v").await.unwrap();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!(in_use < MIB, "{in_use} bytes in use");
+    let taken: u64 = std::fs::read_dir(server.data_dir().join("member"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("ckpt-"))
+        .flat_map(|path| std::fs::read_dir(path).unwrap())
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .sum();
+    assert!(taken < 40 << 20, "{taken} bytes are taken, {total} were told");
+    server.kill();
+    server.restart();
+    let (total, in_use) = size(&server).await;
+    assert!(total < 40 * MIB && in_use < MIB, "{total} bytes, {in_use} in use");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_alarm_and_the_quota_survive_a_restart() {
     let mut server = TestServer::start(&kvorum(), &["--quota-backend-bytes=2097152"]);

@@ -211,6 +211,7 @@ fn state(endpoint: &str, size: usize) -> Load {
         conns: 5,
         duration: Duration::ZERO,
         total: None,
+        first: 0,
         keys: size / val_size,
         key_size: KEY_BYTES,
         val_size,

@@ -332,7 +332,7 @@ pub async fn compact(endpoint: &str, behind: i64) -> Result<(), Failure> {
 }
 
 /// One call on a connection of its own.
-async fn call<T: Message + Default>(
+pub async fn call<T: Message + Default>(
     endpoint: &str,
     method: &str,
     request: &impl Message,

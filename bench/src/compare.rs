@@ -7,21 +7,15 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::args::Args;
-use crate::cluster::free_ports;
 use crate::process;
 use crate::report::{self, Summary, median, number};
+use crate::server::Server;
 use crate::workload::{self, Kind, Load, Outcome};
 
-/// How long a server may take to start.
-const START_PATIENCE: Duration = Duration::from_secs(30);
-/// How often a starting server is tried.
-const START_POLL: Duration = Duration::from_millis(2);
 /// How long a server is left alone before its idle memory is looked at.
 const IDLE: Duration = Duration::from_secs(1);
 /// Keys of the large group, and bytes of their values.
@@ -48,23 +42,6 @@ struct Plan {
     rounds: usize,
     seconds: f64,
     only: String,
-}
-
-/// A server that is killed when it goes out of scope.
-struct Server {
-    child: Child,
-    endpoint: String,
-    directory: PathBuf,
-    startup: Duration,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may be gone already, and its directory with it.
-        let _killed = self.child.kill();
-        let _reaped = self.child.wait();
-        let _removed = std::fs::remove_dir_all(&self.directory);
-    }
 }
 
 /// `kvorum-bench compare`.
@@ -131,15 +108,16 @@ impl Group {
         plan: &Plan,
         side: usize,
     ) -> Result<Vec<(String, Sample)>, Box<dyn Error>> {
-        let server = Server::start(plan, side).await?;
-        let pid = server.child.id();
+        let server = Server::start(&plan.programs[side], &plan.directory, &[]).await?;
+        let pid = server.pid();
         let load = |kind: Kind, clients: usize| Load {
             kind,
-            endpoints: vec![server.endpoint.clone()],
+            endpoints: vec![server.endpoint().to_owned()],
             clients,
             conns: clients.div_ceil(10),
             duration: Duration::from_secs_f64(plan.seconds),
             total: None,
+            first: 0,
             keys: 10_000,
             key_size: 32,
             val_size: 256,
@@ -151,7 +129,7 @@ impl Group {
         let mut runs: Vec<(&str, Load)> = Vec::new();
         match self {
             Group::Put => {
-                rows.push(("start to first put".to_owned(), Sample::Startup(server.startup)));
+                rows.push(("start to first put".to_owned(), Sample::Startup(server.startup())));
                 tokio::time::sleep(IDLE).await;
                 rows.push(("memory, idle".to_owned(), Sample::memory(pid)?));
                 runs.push(("put, 1 client", load(Kind::Put, 1)));
@@ -210,44 +188,6 @@ impl Sample {
     fn memory(pid: u32) -> Result<Sample, String> {
         let bytes = process::resident_bytes(pid);
         bytes.map(Sample::Memory).ok_or_else(|| format!("process {pid} has gone"))
-    }
-}
-
-impl Server {
-    async fn start(plan: &Plan, side: usize) -> Result<Server, Box<dyn Error>> {
-        let [client, peer] = free_ports()?;
-        let directory = plan.directory.join(format!("server-{client}"));
-        std::fs::create_dir_all(&directory)?;
-        let log = File::create(directory.join("log"))?;
-        let [client_url, peer_url] = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
-        let program: &Path = &plan.programs[side];
-        let begun = Instant::now();
-        let child = Command::new(program)
-            .args(["--name", "bench", "--data-dir"])
-            .arg(directory.join("data"))
-            .args(["--listen-client-urls", &client_url, "--advertise-client-urls", &client_url])
-            .args(["--listen-peer-urls", &peer_url, "--initial-advertise-peer-urls", &peer_url])
-            .args(["--initial-cluster", &format!("bench={peer_url}")])
-            .args(["--quota-backend-bytes", "8589934592", "--log-level", "error"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .map_err(|error| format!("{} does not start: {error}", program.display()))?;
-        let endpoint = format!("127.0.0.1:{client}");
-        let mut server = Server { child, endpoint, directory, startup: Duration::ZERO };
-        while let Err(error) = workload::first_put(&server.endpoint).await {
-            if let Some(status) = server.child.try_wait()? {
-                let log = std::fs::read_to_string(server.directory.join("log"))?;
-                return Err(format!("{} ended with {status}:\n{log}", program.display()).into());
-            }
-            if begun.elapsed() > START_PATIENCE {
-                return Err(format!("{} does not answer: {error}", program.display()).into());
-            }
-            tokio::time::sleep(START_POLL).await;
-        }
-        server.startup = begun.elapsed();
-        Ok(server)
     }
 }
 

@@ -15,20 +15,23 @@
 //!
 //! [`compare`] measures single members, [`throughput`] clusters of three, and
 //! [`failover`], [`rolling`] and [`catchup`] what happens to clusters whose members
-//! are killed, restarted, or left behind.
+//! are killed, restarted, or left behind. [`window`] and [`defragment`] are about the disk.
 
 mod args;
 mod catchup;
 mod client;
 mod cluster;
 mod compare;
+mod defragment;
 mod failover;
 mod histogram;
 mod process;
 mod report;
 mod requests;
 mod rolling;
+mod server;
 mod throughput;
+mod window;
 mod workload;
 
 use std::error::Error;
@@ -47,6 +50,9 @@ kvorum-bench failover [flags]      kill leaders; how long is nothing written?
 kvorum-bench rolling [flags]       restart members in turns; which requests of etcd's Go client fail?
 kvorum-bench snapshot-catchup [flags]
                                    start a member that was left behind; what does that cost the leader?
+kvorum-bench sliding-window [flags]
+                                   keys come and go; what does that take on the disk and in memory?
+kvorum-bench defragment [flags]    defragment under load: time, memory, and what puts notice
 
 workloads
   put          put random keys of the key space
@@ -92,7 +98,15 @@ flags of cluster, failover, rolling and snapshot-catchup
   --pause-ms MS             between two members (2000; rolling)
   --go-client PATH          the program of tests/judge/client (target/judge/client; rolling)
   --size MIB                the state a member must catch up with (1024; snapshot-catchup)
-  --write-rate N            writes per second meanwhile (200; snapshot-catchup)";
+  --write-rate N            writes per second meanwhile (200; snapshot-catchup)
+
+flags of sliding-window and defragment
+  --etcd, --kvorum, --dir, --assert, --only NAME (etcd or kvorum)
+  --writes N                in all (10000000; sliding-window)
+  --compact-every N         writes between two compactions (100000; sliding-window)
+  --random                  put any of the keys, instead of a new one and delete the oldest
+  --size-mib MIB            the state (1024; defragment)
+  --rate N                  puts per second meanwhile (500; defragment)";
 
 fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -128,8 +142,10 @@ async fn interrupted() -> Box<dyn Error> {
 }
 
 async fn run() -> Result<(), Box<dyn Error>> {
-    let mut args =
-        Args::parse(std::env::args().skip(1), &["serializable", "preload", "assert", "help"])?;
+    let mut args = Args::parse(
+        std::env::args().skip(1),
+        &["serializable", "preload", "assert", "random", "help"],
+    )?;
     let Some(command) = args.command() else {
         println!("{USAGE}");
         return Ok(());
@@ -144,6 +160,8 @@ async fn run() -> Result<(), Box<dyn Error>> {
         "failover" => return failover::run(args).await,
         "rolling" => return rolling::run(args).await,
         "snapshot-catchup" => return catchup::run(args).await,
+        "defragment" => return defragment::run(args).await,
+        "sliding-window" => return window::run(args).await,
         _ => {}
     }
     let kind =
@@ -156,6 +174,7 @@ async fn run() -> Result<(), Box<dyn Error>> {
         conns: args.number("conns", clients.div_ceil(10))?.max(1),
         duration: Duration::from_secs_f64(args.real("seconds", 10.0)?),
         total: args.optional("total")?,
+        first: 0,
         keys: args.number("keys", kind.usual_keys())?.max(1),
         key_size: args.number("key-size", 32)?,
         val_size: args.number("val-size", 256)?,

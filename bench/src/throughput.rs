@@ -173,6 +173,7 @@ fn load(
         endpoints,
         duration: Duration::from_secs_f64(seconds),
         total: None,
+        first: 0,
         keys: 10_000,
         key_size: 32,
         val_size: 256,

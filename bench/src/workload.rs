@@ -41,6 +41,7 @@ pub enum Kind {
     KeepAlive,
     Kubernetes,
     Load,
+    Window,
 }
 
 impl Kind {
@@ -78,6 +79,8 @@ pub struct Load {
     pub duration: Duration,
     /// Operations after which to stop, instead of by time.
     pub total: Option<u64>,
+    /// The number of the first operation, which counts towards `total`.
+    pub first: u64,
     /// Key space.
     pub keys: usize,
     pub key_size: usize,
@@ -160,7 +163,7 @@ pub async fn run(load: &Load, pids: &[u32]) -> Result<Outcome, CallError> {
     for endpoint in load.endpoints.iter().cycle().take(load.conns) {
         connections.push(Connection::open(endpoint).await?);
     }
-    let clients = load.clients;
+    let (clients, first) = (load.clients, load.first);
     let shared = Rc::new(Shared {
         load,
         latencies: RefCell::new(Histogram::new()),
@@ -168,7 +171,7 @@ pub async fn run(load: &Load, pids: &[u32]) -> Result<Outcome, CallError> {
         first_error: RefCell::new(None),
         bytes: Cell::new(0),
         events: Cell::new(0),
-        begun: Cell::new(0),
+        begun: Cell::new(first),
         start: Cell::new(None),
         ready: Barrier::new(clients + 1),
     });
@@ -286,7 +289,7 @@ impl Client {
 
     async fn run(mut self) {
         let shared = Rc::clone(&self.shared);
-        if shared.load.kind != Kind::Load
+        if !matches!(shared.load.kind, Kind::Load | Kind::Window)
             && let Err(error) = self.operation(self.index as u64).await
         {
             shared.fail(&error);
@@ -313,6 +316,15 @@ impl Client {
                 self.put(key).await
             }
             Kind::Load => self.put(number).await,
+            Kind::Window => {
+                // Turn by turn a key comes and the oldest goes.
+                let oldest = number / 2;
+                if number.is_multiple_of(2) {
+                    return self.put(oldest + self.shared.load.keys as u64).await;
+                }
+                let request = self.delete.with(oldest);
+                self.connection.unary(&self.paths.delete, request).await.map(drop)
+            }
             Kind::Range => self.get().await,
             Kind::List => self.list().await,
             Kind::ListAll => {

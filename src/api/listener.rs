@@ -394,6 +394,12 @@ async fn accept(
     Ok((stream, remote, slot))
 }
 
+/// Whether somebody who speaks TLS was turned away, or turned this server away, for their
+/// certificates or what they can encrypt. Others went away, or speak something else.
+fn is_kept_out(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidData)
+}
+
 /// Whether `accept` failed because of the connection it would have returned.
 fn is_about_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
@@ -468,10 +474,7 @@ impl Shared {
                 self.requests(*stream, http2, connection).await;
             }
             // A member that is kept out tries ten times a second.
-            Err(error)
-                if error.kind() == io::ErrorKind::PermissionDenied
-                    && self.kept_out.lock().due() =>
-            {
+            Err(error) if is_kept_out(&error) && self.kept_out.lock().due() => {
                 tracing::warn!(?remote, %error, "connection rejected");
             }
             Err(error) => tracing::debug!(?remote, %error, "connection rejected"),

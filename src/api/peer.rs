@@ -40,6 +40,7 @@ use crate::engine::Limits;
 use crate::error::Error;
 use crate::metrics::{Metrics, PeerMetrics};
 use crate::net::identity::Named;
+use crate::net::pull::ImageChunks;
 use crate::net::{Receiver, SnapshotReplies, refusal};
 use crate::pb::etcdserverpb::{
     HashKvRequest, HashKvResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
@@ -47,8 +48,8 @@ use crate::pb::etcdserverpb::{
 };
 use crate::pb::kvorumpb::peer_server::{self, PeerServer};
 use crate::pb::kvorumpb::{
-    MembersRequest, MembersResponse, ProposeRequest, ProposeResponse, RaftMessages,
-    RaftMessagesReply, RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
+    MembersRequest, MembersResponse, ProposeRequest, ProposeResponse, PullImageRequest,
+    RaftMessages, RaftMessagesReply, RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
 };
 
 /// Room in a message for what raft puts around an entry, and for several small ones, in bytes.
@@ -233,6 +234,7 @@ fn answer<T>(result: Result<T, Error>) -> Result<Response<T>, Status> {
 impl peer_server::Peer for Peer {
     type MessagesStream = UntilStopped<Messages>;
     type SnapshotStream = SnapshotReplies;
+    type PullImageStream = UntilStopped<ImageChunks>;
 
     async fn messages(
         &self,
@@ -256,6 +258,15 @@ impl peer_server::Peer for Peer {
         let replies = self.receiver.snapshot(from, request.into_inner());
         let replies = UntilStopped::new(replies, self.stopping.clone());
         Ok(Response::new(Box::pin(replies)))
+    }
+
+    async fn pull_image(
+        &self,
+        request: Request<PullImageRequest>,
+    ) -> Result<Response<Self::PullImageStream>, Status> {
+        let from = self.caller(&request)?;
+        let chunks = self.receiver.pull_image(from, request.into_inner().at_least).await?;
+        Ok(Response::new(UntilStopped::new(chunks, self.stopping.clone())))
     }
 
     async fn propose(

@@ -89,7 +89,7 @@ pub(super) const FLAGS: &[Flag] = &[
 
 /// Carries the command out.
 pub(super) fn run(arguments: &Arguments) -> Result<String, Failure> {
-    let file = PathBuf::from(arguments.only("restore")?);
+    let file = PathBuf::from(arguments.only("snapshot restore requires exactly one argument")?);
     let bump = arguments.get("bump-revision");
     let bump_revision = bump.parse().map_err(|_| {
         Failure::new(format!("invalid argument {bump:?} for \"--bump-revision\" flag"))

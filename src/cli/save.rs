@@ -22,32 +22,43 @@ use kvorum::pb::etcdserverpb::auth_client::AuthClient;
 use kvorum::pb::etcdserverpb::maintenance_client::MaintenanceClient;
 use kvorum::pb::etcdserverpb::{AuthenticateRequest, SnapshotRequest};
 
-/// How the process ends when it failed, as etcdctl's does.
-const FAILED: u8 = 5;
-/// … when the arguments are wrong.
-const BAD_ARGUMENTS: u8 = 128;
-/// … when a flag is.
-const BAD_FLAG: u8 = 1;
+use super::{Arguments, EXIT_SERVER, Failure, Flag};
+
 /// The progress is shown again after this.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
-/// What goes before the flags in `--help`.
-const USAGE: &str = "Stores a server's snapshot in a given file
-
-Usage:
-  kvorum snapshot save <filename> [flags]
-
-Flags (each also as a variable, --endpoints as ETCDCTL_ENDPOINTS):
-      --endpoints=127.0.0.1:2379        the server, one
-      --cacert=\"\"                       verify its certificate by this CA bundle
-      --cert=\"\"                         show this certificate
-      --key=\"\"                          the key of that certificate
-      --insecure-skip-tls-verify        do not verify its certificate
-      --user=\"\"                         name[:password]
-      --password=\"\"                     the password of --user
-      --dial-timeout=2s                 how long connecting may take
-      --command-timeout=0s              how long all of it may take; 0s: as long as it takes
-";
+/// The flags.
+pub(super) const FLAGS: &[Flag] = &[
+    Flag { name: "endpoints", kind: "string", default: "127.0.0.1:2379", help: "The server, one" },
+    Flag {
+        name: "cacert",
+        kind: "string",
+        default: "",
+        help: "Verify its certificate by this CA bundle",
+    },
+    Flag { name: "cert", kind: "string", default: "", help: "Show this certificate" },
+    Flag { name: "key", kind: "string", default: "", help: "The key of that certificate" },
+    Flag {
+        name: "insecure-skip-tls-verify",
+        kind: "",
+        default: "",
+        help: "Do not verify its certificate",
+    },
+    Flag { name: "user", kind: "string", default: "", help: "name[:password]" },
+    Flag { name: "password", kind: "string", default: "", help: "The password of --user" },
+    Flag {
+        name: "dial-timeout",
+        kind: "duration",
+        default: "2s",
+        help: "How long connecting may take",
+    },
+    Flag {
+        name: "command-timeout",
+        kind: "duration",
+        default: "0s",
+        help: "How long all of it may take; 0s: as long as it takes",
+    },
+];
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,145 +74,48 @@ struct Options {
     command_timeout: Option<Duration>,
 }
 
-/// Why nothing is done, and how the process is to end.
-#[derive(Debug, PartialEq)]
-enum Refusal {
-    /// `--help`.
-    Help,
-    Bad {
-        message: String,
-        exit_code: u8,
-    },
-}
-
-/// Carries the command out. `arguments` are those behind `snapshot save`; `variable` gives
-/// variables of the environment. Returns the exit code of the process. Blocks.
-pub(crate) fn run(arguments: &[String], variable: &dyn Fn(&str) -> Option<String>) -> u8 {
-    let failed = |message: &str, exit_code| {
-        // Whoever closed it does not want to know.
-        let _ = writeln!(io::stderr(), "Error: {message}");
-        exit_code
-    };
-    let options = match Options::parse(arguments, variable) {
-        Ok(options) => options,
-        Err(Refusal::Help) => {
-            let _ = io::stdout().write_all(USAGE.as_bytes());
-            return 0;
-        }
-        Err(Refusal::Bad { message, exit_code }) => return failed(&message, exit_code),
-    };
+/// Carries the command out. Blocks.
+pub(super) fn run(arguments: &Arguments) -> Result<String, Failure> {
+    let failed = |message| Failure { message, exit_code: EXIT_SERVER };
+    let options = Options::from(arguments)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let saved = match runtime {
-        Ok(runtime) => runtime.block_on(options.save()),
-        Err(error) => Err(format!("cannot start: {error}")),
-    };
-    match saved {
-        Ok(version) => {
-            let mut out = io::stdout();
-            let _ = writeln!(out, "Snapshot saved at {}", options.file.display());
-            if !version.is_empty() {
-                let _ = writeln!(out, "Server version {version}");
-            }
-            0
-        }
-        Err(message) => failed(&message, FAILED),
+    let runtime = runtime.map_err(|error| failed(format!("cannot start: {error}")))?;
+    let version = runtime.block_on(options.save()).map_err(failed)?;
+    let mut said = format!("Snapshot saved at {}\n", options.file.display());
+    if !version.is_empty() {
+        said.push_str(&format!("Server version {version}\n"));
     }
+    Ok(said)
 }
 
 impl Options {
-    fn parse(
-        arguments: &[String],
-        variable: &dyn Fn(&str) -> Option<String>,
-    ) -> Result<Options, Refusal> {
-        let bad = |message: String| Refusal::Bad { message, exit_code: BAD_FLAG };
-        const VALUES: [&str; 8] = [
-            "endpoints",
-            "cacert",
-            "cert",
-            "key",
-            "user",
-            "password",
-            "dial-timeout",
-            "command-timeout",
-        ];
-        const SWITCHES: [&str; 1] = ["insecure-skip-tls-verify"];
-        let mut given = std::collections::BTreeMap::new();
-        for name in VALUES.iter().chain(&SWITCHES) {
-            let variable_name = format!("ETCDCTL_{}", name.to_uppercase().replace('-', "_"));
-            if let Some(value) = variable(&variable_name) {
-                given.insert((*name).to_owned(), value);
-            }
-        }
-        let mut files = Vec::new();
-        let mut arguments = arguments.iter();
-        while let Some(argument) = arguments.next() {
-            if argument == "-h" || argument == "--help" {
-                return Err(Refusal::Help);
-            }
-            let Some(flag) = argument.strip_prefix("--") else {
-                if argument.starts_with('-') {
-                    return Err(bad(format!("unknown flag: {argument}")));
-                }
-                files.push(argument);
-                continue;
-            };
-            let (name, value) = match flag.split_once('=') {
-                Some((name, value)) => (name, Some(value.to_owned())),
-                None => (flag, None),
-            };
-            let value = if SWITCHES.contains(&name) {
-                value.unwrap_or_else(|| "true".to_owned())
-            } else if VALUES.contains(&name) {
-                let next = value.or_else(|| arguments.next().cloned());
-                next.ok_or_else(|| bad(format!("flag needs an argument: --{name}")))?
-            } else {
-                return Err(bad(format!("unknown flag: --{name}")));
-            };
-            given.insert(name.to_owned(), value);
-        }
-        let [file] = files.as_slice() else {
-            let message = "snapshot save expects one argument <filename>".to_owned();
-            return Err(Refusal::Bad { message, exit_code: BAD_ARGUMENTS });
-        };
-        let text = |name: &str| given.get(name).filter(|value| !value.is_empty()).cloned();
-        let path = |name: &str| text(name).map(PathBuf::from);
-        let duration = |name: &str| {
-            let parsed = text(name).map(|value| parse_duration(&value));
-            parsed
-                .transpose()
-                .map_err(|error| bad(format!("invalid argument for --{name}: {error}")))
-        };
-        let skip_verify = match text("insecure-skip-tls-verify").as_deref() {
-            None | Some("false") => false,
-            Some("true") => true,
-            Some(other) => {
-                let message = format!("invalid argument {other:?} for --insecure-skip-tls-verify");
-                return Err(bad(message));
-            }
+    fn from(given: &Arguments) -> Result<Options, Failure> {
+        let file = given.only("snapshot save expects one argument <filename>")?;
+        let text = |name| Some(given.get(name)).filter(|value| !value.is_empty());
+        let path = |name| text(name).map(PathBuf::from);
+        let duration = |name| {
+            parse_duration(given.get(name))
+                .map_err(|error| Failure::new(format!("invalid argument for --{name}: {error}")))
         };
         let user = match (text("user"), text("password")) {
             (None, _) => None,
             (Some(user), Some(password)) => Some((user, password)),
-            (Some(user), None) => match user.split_once(':') {
-                Some((name, password)) => Some((name.to_owned(), password.to_owned())),
-                None => {
-                    let message = "--user is given without a password: write --user name:password, \
-                                   or --password";
-                    return Err(bad(message.to_owned()));
-                }
-            },
+            (Some(user), None) => Some(user.split_once(':').ok_or_else(|| {
+                let message = "--user is given without a password: write --user name:password, \
+                               or --password";
+                Failure::new(message)
+            })?),
         };
-        let endpoints = text("endpoints").unwrap_or_else(|| "127.0.0.1:2379".to_owned());
         Ok(Options {
             file: PathBuf::from(file),
-            endpoints: endpoints.split(',').map(|url| url.trim().to_owned()).collect(),
+            endpoints: given.get("endpoints").split(',').map(|url| url.trim().to_owned()).collect(),
             cacert: path("cacert"),
             cert: path("cert"),
             key: path("key"),
-            skip_verify,
-            user,
-            dial_timeout: duration("dial-timeout")?.unwrap_or(Duration::from_secs(2)),
-            command_timeout: duration("command-timeout")?.filter(|timeout| !timeout.is_zero()),
+            skip_verify: given.is_set("insecure-skip-tls-verify"),
+            user: user.map(|(name, password)| (name.to_owned(), password.to_owned())),
+            dial_timeout: duration("dial-timeout")?,
+            command_timeout: Some(duration("command-timeout")?).filter(|limit| !limit.is_zero()),
         })
     }
 
@@ -392,10 +306,11 @@ impl Progress {
 mod tests {
     use super::*;
 
-    fn parse(arguments: &str) -> Result<Options, Refusal> {
-        let arguments: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
+    fn parse(arguments: &str) -> Result<Options, Failure> {
+        let command = crate::cli::COMMANDS.iter().find(|command| command.name == "save").unwrap();
         let variable = |name: &str| (name == "ETCDCTL_DIAL_TIMEOUT").then(|| "7s".to_owned());
-        Options::parse(&arguments, &variable)
+        let arguments = arguments.split_whitespace().map(Into::into);
+        Options::from(&crate::cli::parse(command, arguments, &variable)?.unwrap())
     }
 
     #[test]
@@ -415,9 +330,9 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let refused = |line: &str| match parse(line) {
-            Err(Refusal::Bad { message, exit_code }) => (message, exit_code),
-            other => panic!("{line}: {other:?}"),
+        let refused = |line: &str| {
+            let Failure { message, exit_code } = parse(line).unwrap_err();
+            (message.lines().next().unwrap_or_default().to_owned(), exit_code)
         };
         assert_eq!(refused(""), ("snapshot save expects one argument <filename>".to_owned(), 128));
         assert_eq!(refused("a b").1, 128);
@@ -425,7 +340,6 @@ mod tests {
         assert_eq!(refused("a --cert"), ("flag needs an argument: --cert".to_owned(), 1));
         assert!(refused("a --dial-timeout 7").0.contains("missing unit"));
         assert!(refused("a --user root").0.contains("--password"));
-        assert_eq!(parse("-h"), Err(Refusal::Help));
         let url = |line: &str| parse(line).unwrap().url().unwrap_err();
         assert_eq!(
             url("a --endpoints h:1,h:2"),

@@ -9,7 +9,7 @@ use super::{Arguments, EXIT_BAD_FEATURE, Failure};
 
 /// Carries the command out.
 pub(super) fn run(arguments: &Arguments) -> Result<String, Failure> {
-    let path = arguments.only("status")?;
+    let path = arguments.only("snapshot status requires exactly one argument")?;
     let show = match arguments.get("write-out") {
         "simple" => simple,
         "json" => json,

@@ -186,4 +186,25 @@ impl Engine {
     pub(super) fn cluster_header(&self) -> Option<ResponseHeader> {
         Some(ResponseHeader { revision: 0, ..self.header() })
     }
+
+    /// Says why there is no leader yet: which members are not reached, where etcd's log has
+    /// an election each second.
+    pub(crate) fn log_who_is_missing(&self) {
+        let records = self.member_records();
+        let is_missing = |record: &&MemberRecord| {
+            record.id != self.parts.member_id && self.parts.peers.active_since(record.id).is_none()
+        };
+        let missing: Vec<String> = records
+            .iter()
+            .filter(is_missing)
+            .map(|record| format!("{:x} at {}", record.id, record.peer_urls.join(",")))
+            .collect();
+        let quorum = reconfig::quorum(records.iter().filter(|record| !record.is_learner).count());
+        tracing::warn!(
+            ?missing,
+            quorum,
+            "there is no leader: so many voters have to run, and to reach each other at the peer \
+             URLs that the cluster's list of members has for them"
+        );
+    }
 }

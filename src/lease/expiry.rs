@@ -139,7 +139,9 @@ impl Expiry {
         self.remove(id);
     }
 
-    /// A keepalive: moves the deadline to a whole TTL from now.
+    /// A keepalive: moves the deadline to a whole TTL from now, or leaves it where it is
+    /// when that is later, as it is for a while after taking over: the `extend` of
+    /// [`Expiry::schedule`] is for those to whom the leader before promised as much.
     pub fn renew(&mut self, id: i64, now: Duration) -> Renewal {
         if !self.primary {
             return Renewal::NotPrimary;
@@ -153,7 +155,7 @@ impl Expiry {
         }
         let ttl_secs = entry.ttl_secs;
         if let Some(mut entry) = self.remove(id) {
-            entry.deadline = now.saturating_add(secs(ttl_secs));
+            entry.deadline = entry.deadline.max(now.saturating_add(secs(ttl_secs)));
             entry.report_at = entry.deadline;
             if entry.checkpoint_at.is_none() {
                 entry.checkpoint_at = self.next_checkpoint(now, entry.deadline);

@@ -140,6 +140,20 @@ fn only_the_leader_expires_and_renews() {
 }
 
 #[test]
+fn a_keepalive_right_after_taking_over_takes_nothing_back() {
+    let lessor = lessor(&[(7, 10)]);
+    let mut expiry = Expiry::new(INTERVAL);
+    expiry.promote();
+    // The leader before may have told a client at 100.9 that it has ten seconds.
+    expiry.schedule(lessor.get(7).unwrap(), secs(100), secs(1));
+    assert_eq!(expiry.renew(7, secs(100)), Renewal::Renewed { ttl_secs: 10 });
+    assert_eq!(expiry.expired(Duration::from_millis(110_999), 9), Vec::<i64>::new());
+    assert_eq!(expiry.renew(7, secs(105)), Renewal::Renewed { ttl_secs: 10 });
+    assert_eq!(expiry.expired(Duration::from_millis(114_999), 9), Vec::<i64>::new());
+    assert_eq!(expiry.expired(secs(115), 9), [7]);
+}
+
+#[test]
 fn long_leases_have_their_remainder_committed() {
     let lessor = lessor(&[(7, 300), (8, 1000)]);
     let mut expiry = leading(&lessor, INTERVAL);

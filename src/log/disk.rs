@@ -103,6 +103,7 @@ impl Log {
                     next_index: Bounds::EMPTY.next_index,
                     hard_state: Bounds::EMPTY.hard_state,
                     start: Bounds::EMPTY.start,
+                    file_bytes: 0,
                 };
                 let first = begin_segment(&dir, header, None, segment_bytes)?;
                 (Bounds::EMPTY, Vec::new(), vec![first], None)
@@ -222,6 +223,7 @@ impl Log {
             next_index: self.written.next_index,
             hard_state: self.written.hard_state,
             start: self.written.start,
+            file_bytes: 0,
         };
         let spare = self.spares.take();
         if spare.is_none() {
@@ -339,8 +341,7 @@ fn begin_segment(
     spare: Option<PathBuf>,
     segment_bytes: u64,
 ) -> Result<FoundSegment, LogError> {
-    let mut page = header.encode();
-    let (unnamed, file, file_bytes) = match spare {
+    let (unnamed, file, file_bytes, written_bytes) = match spare {
         Some(path) => {
             let file = OpenOptions::new()
                 .read(true)
@@ -348,18 +349,19 @@ fn begin_segment(
                 .open(&path)
                 .map_err(|e| LogError::io("open", &path, e))?;
             let metadata = file.metadata().map_err(|e| LogError::io("look at", &path, e))?;
-            // The end of a log without records.
-            page.resize(page.len() + RECORD_HEADER_BYTES as usize, 0);
-            (path, file, metadata.len())
+            // With the end of a log without records.
+            (path, file, metadata.len(), SEGMENT_HEADER_BYTES + RECORD_HEADER_BYTES)
         }
         None => {
             let path = dir.temporary(&format!("segment-{:016x}", header.sequence));
             let file = dir.create(&path)?;
             let file_bytes = segment_bytes.min(INLINE_SEGMENT_BYTES);
-            page.resize(file_bytes as usize, 0);
-            (path, file, file_bytes)
+            (path, file, file_bytes, file_bytes)
         }
     };
+    let header = SegmentHeader { file_bytes, ..header };
+    let mut page = header.encode();
+    page.resize(written_bytes as usize, 0);
     file.write_all_at(&page, 0).map_err(|e| LogError::io("write", &unnamed, e))?;
     dir.step(Step::HeaderWritten);
     dir.sync_file(&file, &unnamed)?;

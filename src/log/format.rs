@@ -52,6 +52,9 @@ pub(super) struct SegmentHeader {
     pub(super) next_index: u64,
     pub(super) hard_state: HardState,
     pub(super) start: Mark,
+    /// Size of the file when the segment was begun: it may grow, and never shrinks. 0 in logs from
+    /// before 0.1.0, which did not say.
+    pub(super) file_bytes: u64,
 }
 
 /// Why a page is not a segment header.
@@ -81,6 +84,7 @@ impl SegmentHeader {
             self.hard_state.commit,
             self.start.index,
             self.start.term,
+            self.file_bytes,
         ] {
             page.put_u64_le(word);
         }
@@ -121,6 +125,7 @@ impl SegmentHeader {
                 next_index: word()?,
                 hard_state: HardState { term: word()?, vote: word()?, commit: word()? },
                 start: Mark { index: word()?, term: word()? },
+                file_bytes: word()?,
             })
         };
         read()

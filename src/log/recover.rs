@@ -21,7 +21,13 @@
 //! written after they were synced; a bad record before is always damage.
 //!
 //! The caller may know better how far the log once reached, because a checkpoint does
-//! ([`Options::reaches`](super::Options::reaches)): what then looks torn is damage, too.
+//! ([`Options::reaches`](super::Options::reaches)): what then looks torn is damage, too. So it is
+//! where the checkpoint cannot be read any more ([`REACHES_UNKNOWN`]): nothing then vouches for the
+//! last batch but the log, on a disk that has just lost something.
+//!
+//! A last segment whose file is shorter than when it was begun, as its header tells, was cut by
+//! somebody else, and how much of the log with it cannot be told: **damage**. No crash does that, for
+//! the file has its size on the disk before it is a segment.
 //!
 //! The claim counts even when only the header of a record is valid, for the header alone
 //! makes it. What the rule cannot see is damage in the very last batch, behind which
@@ -50,7 +56,7 @@ use super::format::{
     SEGMENT_HEADER_BYTES, SegmentHeader,
 };
 use super::replay::{Bounds, Replay};
-use super::{Entry, LogError};
+use super::{Entry, LogError, REACHES_UNKNOWN};
 
 const RECORD_HEADER: usize = RECORD_HEADER_BYTES as usize;
 /// Segments are read in pieces of this size, unless a record is larger.
@@ -138,7 +144,13 @@ pub(super) fn read(
         match sealed_end {
             Some(end) if offset == end => {}
             Some(_) => return Err(reader.damaged(offset, "a record does not verify")),
-            None if replay.bounds.last_index() < reaches => {
+            // Sealed ones end where the next one says, however long their files are.
+            None if reader.file_bytes < reader.header.file_bytes => {
+                let (is, was) = (reader.file_bytes, reader.header.file_bytes);
+                let what = format!("the file ends there, and had {was} bytes when it was begun");
+                return Err(reader.damaged(is, &what));
+            }
+            None if reaches != REACHES_UNKNOWN && replay.bounds.last_index() < reaches => {
                 let last = replay.bounds.last_index();
                 let what = format!(
                     "the log ends there, at index {last}, but the checkpoint holds entries up to \
@@ -146,7 +158,7 @@ pub(super) fn read(
                 );
                 return Err(reader.damaged(offset, &what));
             }
-            None => repaired = reader.check_tail(dir, offset)?,
+            None => repaired = reader.check_tail(dir, offset, reaches != REACHES_UNKNOWN)?,
         }
         if sealed_end.is_none() && dir.fsync() {
             reader.rewrite(claimed, offset)?;
@@ -256,8 +268,13 @@ impl Reader {
         Ok(header.matches(payload).then(|| (header, Bytes::copy_from_slice(payload))))
     }
 
-    /// Decides what it means that no record verifies at `end`; cuts a torn one.
-    fn check_tail(&mut self, dir: &Directory, end: u64) -> Result<Option<String>, LogError> {
+    /// Decides what it means that no record verifies at `end`; cuts a torn one, or refuses it.
+    fn check_tail(
+        &mut self,
+        dir: &Directory,
+        end: u64,
+        cuts: bool,
+    ) -> Result<Option<String>, LogError> {
         let terminated =
             self.bytes(end, RECORD_HEADER)?.iter().take(RECORD_HEADER).all(|&byte| byte == 0);
         let mut remains = !terminated;
@@ -291,6 +308,11 @@ impl Reader {
         }
         if !remains {
             return Ok(None);
+        }
+        if !cuts {
+            let what = "a write there was cut short or is damaged, and only the checkpoint, which \
+                        is damaged as well, could tell which";
+            return Err(self.damaged(end, what));
         }
         self.cut(end)?;
         dir.sync_file(&self.file, &self.path)?;

@@ -795,12 +795,17 @@ fn restore_refuses_what_is_not_a_store() {
     assert!(matches!(refused(&twice, 3, -1), Some(RestoreError::OutOfOrder { .. })));
     let with = |kv: Bytes| [(Revision::new(2, 0), false, kv)];
     let whole = records[0].2.clone();
-    for kv in [bytes(""), bytes("\u{7f}"), whole.slice(..whole.len() - 1), records[1].2.clone()] {
+    let nameless = bytes("\u{20}\u{1}");
+    for kv in
+        [nameless.clone(), bytes("\u{7f}"), whole.slice(..whole.len() - 1), records[1].2.clone()]
+    {
         let refused = refused(&with(kv), 3, -1);
         assert!(matches!(refused, Some(RestoreError::Damaged { .. })), "{refused:?}");
     }
-    let error = refused(&with(bytes("")), 3, -1).unwrap();
+    let error = refused(&with(nameless), 3, -1).unwrap();
     assert_eq!(error.to_string(), "record 2.0: it has no key");
+    // What etcdutl leaves where it raised the revision.
+    assert_eq!(refused(&with(Bytes::new()), 3, -1), None);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
 use super::identity::Identity;
+use super::pull::ImageChunks;
 use crate::error::Error;
 use crate::pb::etcdserverpb::{
     HashKvRequest, HashKvResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
@@ -36,6 +37,8 @@ pub trait Receiver: Send + Sync + 'static {
     /// Takes a snapshot of the member `from`. Dropping what is returned means that the
     /// caller has gone away.
     fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies;
+    /// This member's state as an image, for the member `from`, if it goes at least up to an entry.
+    async fn pull_image(&self, from: u64, at_least: u64) -> Result<ImageChunks, Status>;
     /// Appends commands to the log, if this member leads in the term they are for.
     async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error>;
     /// Keeps a lease alive, if this member leads.

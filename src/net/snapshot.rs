@@ -138,7 +138,7 @@ where
     call.progress = Some(answered.into_inner());
 
     let received = heard(&mut call.progress).await?.received;
-    let mut throttle = Throttle { bytes_per_sec, next: Instant::now() };
+    let mut throttle = Throttle::new(bytes_per_sec);
     let mut chunk = seek(image, received).await?;
     while let Some(data) = chunk {
         throttle.admit(data.len()).await;
@@ -213,13 +213,19 @@ async fn heard(
 }
 
 /// Spreads bytes over time: each chunk pays, before the next one goes, for the time it takes.
-struct Throttle {
+pub(super) struct Throttle {
     bytes_per_sec: u64,
     next: Instant,
 }
 
 impl Throttle {
-    async fn admit(&mut self, bytes: usize) {
+    /// 0: as fast as it goes.
+    pub(super) fn new(bytes_per_sec: u64) -> Throttle {
+        Throttle { bytes_per_sec, next: Instant::now() }
+    }
+
+    /// Waits until so many bytes may go.
+    pub(super) async fn admit(&mut self, bytes: usize) {
         if self.bytes_per_sec == 0 {
             return;
         }

@@ -206,7 +206,7 @@ pub struct SnapshotBegin {
     pub index: u64,
     #[prost(uint64, tag = "3")]
     pub term: u64,
-    /// Raft's message, to be stepped once the image is there.
+    /// Raft's message, to be stepped once the image is there; empty if the image was asked for.
     #[prost(bytes = "bytes", tag = "4")]
     pub message: ::prost::bytes::Bytes,
 }
@@ -218,6 +218,12 @@ pub struct SnapshotProgress {
     /// The image is complete and raft has been told.
     #[prost(bool, tag = "2")]
     pub done: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PullImageRequest {
+    /// The caller's log goes on behind this entry: an image that ends before is of no use to it.
+    #[prost(uint64, tag = "1")]
+    pub at_least: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ProposeRequest {
@@ -463,6 +469,28 @@ pub mod peer_client {
             req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "Snapshot"));
             self.inner.streaming(req, path, codec).await
         }
+        /// The receiver's state, for a member whose own is damaged: a begin, the data, and the end.
+        pub async fn pull_image(
+            &mut self,
+            request: impl tonic::IntoRequest<super::PullImageRequest>,
+        ) -> std::result::Result<
+            tonic::Response<tonic::codec::Streaming<super::SnapshotChunk>>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static("/kvorumpb.Peer/PullImage");
+            let mut req = request.into_request();
+            req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "PullImage"));
+            self.inner.server_streaming(req, path, codec).await
+        }
         /// Commands that the leader shall append to its log.
         pub async fn propose(
             &mut self,
@@ -672,6 +700,17 @@ pub mod peer_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::SnapshotChunk>>,
         ) -> std::result::Result<tonic::Response<Self::SnapshotStream>, tonic::Status>;
+        /// Server streaming response type for the PullImage method.
+        type PullImageStream: tonic::codegen::tokio_stream::Stream<
+                Item = std::result::Result<super::SnapshotChunk, tonic::Status>,
+            >
+            + std::marker::Send
+            + 'static;
+        /// The receiver's state, for a member whose own is damaged: a begin, the data, and the end.
+        async fn pull_image(
+            &self,
+            request: tonic::Request<super::PullImageRequest>,
+        ) -> std::result::Result<tonic::Response<Self::PullImageStream>, tonic::Status>;
         /// Commands that the leader shall append to its log.
         async fn propose(
             &self,
@@ -885,6 +924,52 @@ pub mod peer_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/kvorumpb.Peer/PullImage" => {
+                    #[allow(non_camel_case_types)]
+                    struct PullImageSvc<T: Peer>(pub Arc<T>);
+                    impl<
+                        T: Peer,
+                    > tonic::server::ServerStreamingService<super::PullImageRequest>
+                    for PullImageSvc<T> {
+                        type Response = super::SnapshotChunk;
+                        type ResponseStream = T::PullImageStream;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::ResponseStream>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<super::PullImageRequest>,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as Peer>::pull_image(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = PullImageSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.server_streaming(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -71,6 +71,10 @@ const STORE_SPARE_BYTES: u64 = 8 << 20;
 const DELETE_FREE_BYTES: u64 = 2 * RESERVE_BYTES;
 /// Space that a rewrite leaves to the log, in bytes.
 const REWRITE_SPARES_BYTES: u64 = 32 << 20;
+/// A rewrite rests after this many bytes of records.
+const PACE_BYTES: usize = 1 << 20;
+/// And rests no longer than this.
+const REST_MAX: Duration = Duration::from_millis(100);
 /// Keys gathered in one hold of the state's lock when everything is written anew.
 const KEYS_PER_STEP: usize = 4096;
 
@@ -326,6 +330,7 @@ impl CheckpointThread {
             && self.write(cut)?
         {
             under_way.cut = None;
+            self.rewrite_if_due()?;
         }
         Ok(Flow::GoOn)
     }
@@ -483,7 +488,8 @@ impl CheckpointThread {
     /// back the one before. Refused rather than that it leaves the log without space; then,
     /// and after an error, the one before counts.
     fn rewrite_where_there_is_space(&mut self) -> Result<Result<(), Error>, StorageError> {
-        let needed_bytes = needed_bytes(self.state.read().store().size_bytes());
+        let records_bytes = self.state.read().store().size_bytes();
+        let needed_bytes = space::rewritten_bytes(records_bytes).saturating_add(STORE_SPARE_BYTES);
         if !self.has_free(needed_bytes.saturating_add(REWRITE_SPARES_BYTES)) {
             let free_bytes = self.directory.as_deref().and_then(space::free_bytes);
             tracing::debug!(needed_bytes, free_bytes, "no space to write the checkpoint anew");
@@ -506,10 +512,24 @@ impl CheckpointThread {
         }
     }
 
+    /// Gives space back when much more is taken than is needed.
+    fn rewrite_if_due(&mut self) -> Result<(), StorageError> {
+        let Some(storage) = &self.storage else { return Ok(()) };
+        let on_disk_bytes = storage.size_on_disk()?;
+        let records_bytes = self.state.read().store().size_bytes();
+        if space::is_rewrite_due(on_disk_bytes, records_bytes) {
+            tracing::debug!(on_disk_bytes, records_bytes, "the checkpoint takes too much space");
+            // If there is no space for it, there may be after the next cut.
+            let _ = self.rewrite_where_there_is_space()?;
+        }
+        Ok(())
+    }
+
     fn write_next(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         let mut next = self.generations.begin()?;
         let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
-        records::fill(next.as_mut(), &image)?;
+        let mut pace = Pace::begin();
+        records::fill(next.as_mut(), &image, |bytes| pace.note(bytes))?;
         self.generations.switch()?;
         self.published.set_checkpoint_bytes(next.size_on_disk()?);
         self.durable_index = image.head.applied_index;
@@ -541,6 +561,27 @@ struct WaitingCut {
     cut: Box<Cut>,
     reason: CutReason,
     since: Instant,
+}
+
+/// Makes the thread rest for as long as it works while it writes a checkpoint anew, so that
+/// those who serve have the disk and a processor to themselves half of the time.
+struct Pace {
+    bytes: usize,
+    since: std::time::Instant,
+}
+
+impl Pace {
+    fn begin() -> Pace {
+        Pace { bytes: 0, since: std::time::Instant::now() }
+    }
+
+    fn note(&mut self, bytes: usize) {
+        self.bytes += bytes;
+        if self.bytes >= PACE_BYTES {
+            std::thread::sleep(self.since.elapsed().min(REST_MAX));
+            *self = Pace::begin();
+        }
+    }
 }
 
 /// What must be free to write records of so many bytes.

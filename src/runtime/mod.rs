@@ -26,12 +26,14 @@
 
 pub mod apply_thread;
 pub mod auto_compact;
+pub mod boot_clock;
 pub mod checkpoint_thread;
 pub mod fault;
 pub mod force;
 pub mod forwarder;
 pub mod gauges;
 pub mod hashes;
+pub mod heal;
 pub mod history;
 pub mod image;
 pub mod import;

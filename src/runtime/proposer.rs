@@ -198,8 +198,7 @@ impl Proposer {
             return Err(Error::NotLeader);
         }
         let moment = self.election_timeout / 2;
-        let is_fresh =
-            self.published.confirmed().is_some_and(|at| Instant::now().into_std() - at < moment);
+        let is_fresh = self.published.confirmed_ago().is_some_and(|ago| ago < moment);
         if !is_fresh {
             self.read_barrier().await?;
         }

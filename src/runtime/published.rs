@@ -5,11 +5,12 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
+use super::boot_clock::BootClock;
 use crate::raft::{Progress, Role};
 use crate::state::StateMachine;
 
@@ -34,7 +35,9 @@ pub struct Published {
     applied_term: AtomicU64,
     committed: AtomicU64,
     lone_leader: AtomicBool,
-    confirmed: Mutex<Option<Instant>>,
+    boot_clock: BootClock,
+    /// By that clock.
+    confirmed: Mutex<Option<Duration>>,
     progress: Mutex<Vec<Progress>>,
     learner: AtomicBool,
     removed: RwLock<BTreeSet<u64>>,
@@ -45,7 +48,13 @@ pub struct Published {
 impl Published {
     /// Before anything ran: `applied` and its term are what was recovered.
     pub fn new(applied: u64, applied_term: u64) -> Published {
+        Published::with_clock(applied, applied_term, BootClock::System)
+    }
+
+    /// As [`Published::new`], by another clock.
+    pub(crate) fn with_clock(applied: u64, applied_term: u64, boot_clock: BootClock) -> Published {
         Published {
+            boot_clock,
             role: watch::Sender::new(Role::default()),
             applied: watch::Sender::new(applied),
             removed_below: watch::Sender::new(-1),
@@ -81,11 +90,17 @@ impl Published {
         self.lone_leader.load(Ordering::Acquire)
     }
 
-    /// A moment at which a majority took this member for its leader, the newest known. What
-    /// a leader that was asleep tells its clients is worth nothing, and it does not know
-    /// that it was asleep.
-    pub fn confirmed(&self) -> Option<Instant> {
-        *self.confirmed.lock()
+    /// How long ago a majority took this member for its leader, as far as it knows, the time
+    /// for which the machine was suspended included. What a leader that was asleep tells its
+    /// clients is worth nothing, and it does not know that it was asleep.
+    pub fn confirmed_ago(&self) -> Option<Duration> {
+        let confirmed = *self.confirmed.lock();
+        confirmed.map(|at| self.boot_clock.now().saturating_sub(at))
+    }
+
+    /// What [`Published::set_confirmed`] is told the time by.
+    pub(super) fn boot_clock(&self) -> &BootClock {
+        &self.boot_clock
     }
 
     /// How far each member is, of the last tick; empty unless this member leads.
@@ -135,7 +150,7 @@ impl Published {
         self.lone_leader.store(lone_leader, Ordering::Release);
     }
 
-    pub(super) fn set_confirmed(&self, at: Instant) {
+    pub(super) fn set_confirmed(&self, at: Duration) {
         *self.confirmed.lock() = Some(at);
     }
 

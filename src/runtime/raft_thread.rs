@@ -303,7 +303,8 @@ impl RaftThread {
             self.take(input, now)?;
         }
         self.pass_time(now);
-        if self.reads.ask(&mut self.parts.node, now) {
+        let RaftParts { node, published, .. } = &mut self.parts;
+        if self.reads.ask(node, now, published.boot_clock()) {
             self.parts.metrics.server_slow_read_indexes_total.inc();
         }
         self.carry_out(now)?;
@@ -398,7 +399,7 @@ impl RaftThread {
             RaftInput::Changed { index, is_accepted } => node.change_applied(index, is_accepted)?,
             RaftInput::Applied(index) => {
                 node.applied(index);
-                self.leads_alone(index, now);
+                self.leads_alone(index);
             }
             RaftInput::Transfer(to) => node.transfer_leader(to),
             RaftInput::Resign => {
@@ -520,7 +521,7 @@ impl RaftThread {
 
     /// Everything up to `applied` is applied. A lone leader need ask nobody before it
     /// reads once that includes all that was committed before its term.
-    fn leads_alone(&self, applied: u64, now: Instant) {
+    fn leads_alone(&self, applied: u64) {
         let published = &self.parts.published;
         let is_alone = self.parts.node.is_only_voter()
             && published.role.borrow().is_leader
@@ -529,7 +530,7 @@ impl RaftThread {
             published.set_lone_leader(is_alone);
         }
         if is_alone {
-            published.set_confirmed(now);
+            published.set_confirmed(published.boot_clock().now());
         }
     }
 

@@ -11,6 +11,7 @@
 //! Numbers are big-endian, so records are in revision order.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -22,7 +23,7 @@ use crate::mvcc::{Revision, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::state::{AuthRow, AuthTable, Cut, Restored, StateMachine};
-use crate::storage::{Batch, Storage, StorageError, Table};
+use crate::storage::{BATCH_MAX_CHANGES, Batch, SledStorage, Storage, StorageError, Table};
 
 /// The key of the one record in the table Head.
 pub const HEAD: &[u8] = b"head";
@@ -89,16 +90,35 @@ pub fn auth_table(of: AuthTable) -> Table {
 /// # Errors
 /// The store fails; the checkpoint is then the one before, or this one.
 pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), StorageError> {
-    write_in_batches(storage, cut, held, false)
+    #[cfg(test)]
+    if HEAD_APART.get() {
+        let mut batch = Batch::new();
+        batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
+        storage.write(batch)?;
+    }
+    let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
+    let mut records =
+        records.map(|(revision, tombstone, kv)| (key(*revision), value(*tombstone, kv)));
+    storage.freeze(&mut records)?;
+    write_rest(storage, cut, false)
 }
 
-/// Like [`write`], into a checkpoint that does not count yet: no batch is larger than
-/// others.
+/// Like [`write`], into an empty checkpoint, which does not count yet: no batch is larger
+/// than others. `pace` is called with the size of each record, and may take its time.
 ///
 /// # Errors
 /// The store fails.
-pub fn fill(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
-    write_in_batches(storage, cut, 0, true)
+pub fn fill(
+    storage: &mut dyn Storage,
+    cut: &Cut,
+    mut pace: impl FnMut(usize),
+) -> Result<(), StorageError> {
+    let mut records = cut.dirty.records.iter().map(|(revision, tombstone, kv)| {
+        pace(kv.len());
+        (key(*revision), value(*tombstone, kv))
+    });
+    storage.freeze(&mut records)?;
+    write_rest(storage, cut, true)
 }
 
 #[cfg(test)]
@@ -107,25 +127,9 @@ thread_local! {
     pub(crate) static HEAD_APART: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
-fn write_in_batches(
-    storage: &mut dyn Storage,
-    cut: &Cut,
-    held: i64,
-    is_new: bool,
-) -> Result<(), StorageError> {
+/// Writes what is no record of a version, and syncs.
+fn write_rest(storage: &mut dyn Storage, cut: &Cut, is_new: bool) -> Result<(), StorageError> {
     let mut batch = Batch::new();
-    #[cfg(test)]
-    if HEAD_APART.get() {
-        batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
-        storage.write(std::mem::take(&mut batch))?;
-    }
-    let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
-    for (revision, tombstone, kv) in records {
-        batch.put(Table::Mvcc, key(*revision), value(*tombstone, kv));
-        if batch.is_full() {
-            storage.write(std::mem::take(&mut batch))?;
-        }
-    }
     for (id, lease) in &cut.dirty.leases {
         let id = Bytes::copy_from_slice(&id.to_be_bytes());
         match lease {
@@ -164,24 +168,38 @@ fn write_in_batches(
 /// The order is that of the compaction: a version goes before the tombstone that deleted
 /// it, or a crash between the two would leave the version alone, and bring the key back.
 ///
+/// Frozen records cannot be deleted, and a tombstone may be the end of one of them. Both
+/// stay until the checkpoint is written anew, and each start compacts them once more.
+///
 /// # Errors
 /// The store fails.
 pub fn delete(
     storage: &mut dyn Storage,
     removed: impl IntoIterator<Item = Revision>,
 ) -> Result<usize, StorageError> {
+    let frozen_to = storage.frozen_to();
     let (mut batch, mut count) = (Batch::new(), 0);
     for revision in removed {
-        batch.delete(Table::Mvcc, key(revision));
         count += 1;
+        let key = key(revision);
+        if let Some(frozen_to) = &frozen_to
+            && (key <= *frozen_to || is_tombstone(storage.get(Table::Mvcc, &key)?.as_deref()))
+        {
+            continue;
+        }
+        batch.delete(Table::Mvcc, key);
         if batch.is_full() {
             break;
         }
     }
-    if count > 0 {
+    if !batch.is_empty() {
         storage.write(batch)?;
     }
     Ok(count)
+}
+
+fn is_tombstone(value: Option<&[u8]>) -> bool {
+    value.and_then(<[u8]>::first) == Some(&1)
 }
 
 /// Everything the state holds, as a cut: what a new checkpoint begins with. Goes through
@@ -227,12 +245,17 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
         if value.is_empty() {
             return Err(bad("it is empty"));
         }
-        let tombstone = value.split_to(1).first() == Some(&1);
+        let tombstone = is_tombstone(Some(&value.split_to(1)));
         mvcc.push((revision, tombstone, value));
         Ok(())
     })?;
-    let mut leftovers = leftovers.into_iter();
-    while delete(storage, &mut leftovers)? > 0 {}
+    for leftovers in leftovers.chunks(BATCH_MAX_CHANGES) {
+        let mut batch = Batch::new();
+        for revision in leftovers {
+            batch.delete(Table::Mvcc, key(*revision));
+        }
+        storage.write(batch)?;
+    }
     let store = Store::restore(mvcc, head.revision, head.compact_revision)
         .map_err(|error| RecoverError::Record { table: Table::Mvcc, reason: error.to_string() })?;
     let members: Vec<MemberRecord> = decode_all(storage, Table::Member)?;
@@ -245,6 +268,25 @@ pub fn recover(storage: &mut dyn Storage) -> Result<Restored, RecoverError> {
         })?;
     }
     Ok(Restored { head, members, leases, auth, store })
+}
+
+/// What can still be read of a damaged checkpoint; each part that is here is intact.
+#[derive(Debug, Default)]
+pub struct Legible {
+    /// How far it goes.
+    pub head: Option<CheckpointHead>,
+    /// All members; none if one of them is illegible.
+    pub members: Vec<MemberRecord>,
+}
+
+/// Reads what can be read of a damaged checkpoint.
+pub fn legible(dir: &Path) -> Legible {
+    let Ok(storage) = SledStorage::open(dir) else { return Legible::default() };
+    let head = storage.get(Table::Head, HEAD).ok().flatten();
+    Legible {
+        head: head.and_then(|head| decode(Table::Head, head).ok()),
+        members: decode_all(&storage, Table::Member).unwrap_or_default(),
+    }
 }
 
 /// Shows `visit` all records of a table, until it fails.

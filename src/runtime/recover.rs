@@ -30,9 +30,12 @@
 //! | no `CURRENT`, no log, a checkpoint           | both of the above                    |
 //! | a log of another member or cluster           | one of them was put there by mistake |
 //! | a log that ends before the applied index     | its end was acknowledged             |
+//! | a log that begins behind the applied index   | the checkpoint is an old one         |
 //! | nothing, of a member that others saw running | it may have acknowledged what is gone |
 //!
-//! The last one is in order when the checkpoint says that it was installed: it came from another
+//! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not.
+//!
+//! A log that ends too early is in order when the checkpoint says that it was installed: it came from another
 //! member, a crash kept the log from beginning anew after it, and that is made up for here.
 
 use std::fs;
@@ -201,7 +204,9 @@ pub enum OpenError {
     #[error(
         "the raft log in {} is missing, though its member has applied entries up to {applied}: \
          put the log back (or correct --wal-dir), restore a snapshot, or remove the data \
-         directory {} to begin anew", log.display(), data.display()
+         directory {} to begin anew. If the cluster has a majority without this member, remove \
+         the member before that (`etcdctl member remove <id>`) and add it again (`etcdctl member \
+         add`): it has forgotten what it voted and acknowledged", log.display(), data.display()
     )]
     LogMissing {
         /// The log's directory.
@@ -215,7 +220,8 @@ pub enum OpenError {
     /// checkpoint counts.
     #[error(
         "{} is missing, which names the checkpoint that counts, though {} is there: put it \
-         back, restore a snapshot, or remove the data directory {} to begin anew",
+         back, restore a snapshot (`kvorum snapshot restore <file> --data-dir <empty directory>`), \
+         or remove the data directory {} to begin anew",
         current.display(), found.display(), data.display()
     )]
     CheckpointMissing {
@@ -260,6 +266,71 @@ pub enum OpenError {
     /// The log failed.
     #[error("cannot open the raft log: {0}")]
     Log(#[from] LogError),
+    /// Between the checkpoint's end and the log's beginning entries are missing.
+    #[error(
+        "the checkpoint {} holds entries up to {applied}, and the raft log in {} goes on behind \
+         {start} only: the checkpoint is an older one than this log's. Put back the one that \
+         belongs to the log", checkpoint.display(), log.display()
+    )]
+    CheckpointTooOld {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// Its applied index.
+        applied: u64,
+        /// The log's directory.
+        log: PathBuf,
+        /// The index behind which it begins.
+        start: u64,
+    },
+    /// The checkpoint is damaged, and so is the log, without which nothing can take its place.
+    #[error(
+        "{damage}; and the raft log, without which this member must not go on, cannot be used \
+         either: {log}. What this member voted and acknowledged is not known any more. If the \
+         cluster has a majority without it, remove it (`etcdctl member remove {member:x}`), add it \
+         again (`etcdctl member add`), and start it with an empty --data-dir and \
+         --initial-cluster-state=existing. Otherwise restore a snapshot, for all members: \
+         `kvorum snapshot restore <file> --data-dir <empty directory>`"
+    )]
+    BothDamaged {
+        /// What is wrong with the checkpoint.
+        damage: String,
+        /// What is wrong with the log.
+        log: LogError,
+        /// The member; 0 when the log does not tell.
+        member: u64,
+    },
+    /// The checkpoint is damaged, there is nobody who has another, and the log begins too late.
+    #[error(
+        "{damage}. This member has no peers that could give it the state, and its raft log, \
+         which is intact, holds only the entries {first} to {last}: all keys and leases that were \
+         written before entry {first} and not since cannot be recovered from {}. Restore a \
+         snapshot: `kvorum snapshot restore <file> --data-dir <empty directory>`, and start with \
+         that directory; keep this one until you have what you need", data.display()
+    )]
+    Unrecoverable {
+        /// What is wrong with the checkpoint.
+        damage: String,
+        /// The log's first entry.
+        first: u64,
+        /// Its last.
+        last: u64,
+        /// The data directory.
+        data: PathBuf,
+    },
+}
+
+impl OpenError {
+    /// Whether the checkpoint is not what was written: then `heal` may find another.
+    pub fn is_damaged_checkpoint(&self) -> bool {
+        match self {
+            OpenError::Storage(error) | OpenError::Checkpoint(RecoverError::Storage(error)) => {
+                error.is_damage()
+            }
+            OpenError::Checkpoint(RecoverError::Record { .. }) => true,
+            OpenError::CheckpointTooOld { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 /// Whether [`open`] will make a new member: then it is worth asking the others about it
@@ -327,13 +398,7 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
     match place {
         Place::Memory => in_memory(bootstrap),
         Place::Disk { data_dir, wal_dir, fsync } => {
-            let member_dir = data_dir.join("member");
-            let disk = OnDisk {
-                data_dir,
-                log_dir: wal_dir.clone().unwrap_or_else(|| member_dir.join("wal")),
-                member_dir,
-                fsync: *fsync,
-            };
+            let disk = OnDisk::of(data_dir, wal_dir.as_deref(), *fsync);
             check_directory(data_dir)?;
             adopt(data_dir, wal_dir.as_deref(), *fsync, bootstrap)?;
             if DiskGenerations::is_new(&disk.member_dir)? {
@@ -346,14 +411,20 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
 }
 
 /// The directories of a member.
-struct OnDisk<'a> {
-    data_dir: &'a Path,
-    member_dir: PathBuf,
-    log_dir: PathBuf,
+pub(super) struct OnDisk<'a> {
+    pub(super) data_dir: &'a Path,
+    pub(super) member_dir: PathBuf,
+    pub(super) log_dir: PathBuf,
     fsync: bool,
 }
 
-impl OnDisk<'_> {
+impl<'a> OnDisk<'a> {
+    pub(super) fn of(data_dir: &'a Path, wal_dir: Option<&Path>, fsync: bool) -> OnDisk<'a> {
+        let member_dir = data_dir.join("member");
+        let log_dir = wal_dir.map_or_else(|| member_dir.join("wal"), Path::to_owned);
+        OnDisk { data_dir, member_dir, log_dir, fsync }
+    }
+
     /// A new member, or one that was begun and no more.
     fn begin(&self, separate_log: bool, bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
         let has_log = Log::exists(&self.log_dir)?;
@@ -376,7 +447,7 @@ impl OnDisk<'_> {
         }
         begin_log(&mut log, &mut recovered, state.applied())?;
         let (mut generations, mut storage) = DiskGenerations::begin_first(&self.member_dir)?;
-        records::fill(&mut storage, &state.cut())?;
+        records::fill(&mut storage, &state.cut(), |_| ())?;
         generations.switch()?;
         Ok(Recovery {
             start: start(&state, recovered),
@@ -429,6 +500,14 @@ impl OnDisk<'_> {
         if installed {
             complete_install(&mut log, &mut recovered, state.applied())?;
         }
+        if applied < recovered.start.index {
+            return Err(OpenError::CheckpointTooOld {
+                checkpoint: generations.counting().unwrap_or_else(|| self.member_dir.clone()),
+                applied,
+                log: self.log_dir.clone(),
+                start: recovered.start.index,
+            });
+        }
         if applied == 0 && !recovered.entries.is_empty() {
             return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));
         }
@@ -446,7 +525,7 @@ impl OnDisk<'_> {
         })
     }
 
-    fn log_options(&self, identity: Identity, reaches: u64) -> Options {
+    pub(super) fn log_options(&self, identity: Identity, reaches: u64) -> Options {
         Options {
             dir: self.log_dir.clone(),
             segment_bytes: SEGMENT_BYTES_DEFAULT,
@@ -493,7 +572,7 @@ pub(crate) fn complete_install(
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::new();
     let mut state = first_state(bootstrap, Path::new("(memory)"))?;
-    records::fill(&mut storage, &state.cut())?;
+    records::fill(&mut storage, &state.cut(), |_| ())?;
     let identity = identity(&state);
     let (mut log, mut recovered) = MemoryLog::open(&MemoryDisk::new(identity));
     begin_log(&mut log, &mut recovered, state.applied())?;

@@ -75,6 +75,15 @@ pub enum SaveError {
     Write(#[from] WriteError),
 }
 
+fn auth_row(row: &AuthRow) -> (Bucket, Bytes, Bytes) {
+    let bucket = match row.table {
+        AuthTable::Auth => Bucket::Auth,
+        AuthTable::User => Bucket::AuthUsers,
+        AuthTable::Role => Bucket::AuthRoles,
+    };
+    (bucket, row.key.clone(), row.value.clone())
+}
+
 /// A piece of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blob {
@@ -87,16 +96,6 @@ pub struct Blob {
 
 /// What comes out of a save; after an error nothing more does.
 pub type Blobs = mpsc::Receiver<Result<Blob, SaveError>>;
-
-/// A row of authentication as it came, in the bucket that it came from.
-fn auth_row(row: &AuthRow) -> (Bucket, Bytes, Bytes) {
-    let bucket = match row.table {
-        AuthTable::Auth => Bucket::Auth,
-        AuthTable::User => Bucket::AuthUsers,
-        AuthTable::Role => Bucket::AuthRoles,
-    };
-    (bucket, row.key.clone(), row.value.clone())
-}
 
 /// A save that was begun: a state as of one moment, and the means to read it.
 pub struct Save {

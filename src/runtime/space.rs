@@ -18,6 +18,12 @@ pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
 /// What a byte of records takes on the disk, once in the store: measured, values of 1 KiB
 /// and more take 1.8 bytes, of 100 bytes 2.9.
 pub const STORE_BYTES_PER_BYTE: u64 = 3;
+/// A checkpoint is written anew when it takes this much of what its records do, in percent.
+/// The old one and the new one together then take one time more. Between two compactions the
+/// records themselves may be twice what is live, and all of it must stay below four times that.
+pub const REWRITE_PERCENT: u64 = 150;
+/// A checkpoint of less than this, in bytes, is not worth it: sled begins with some.
+pub const REWRITE_FLOOR_BYTES: u64 = 64 * 1024 * 1024;
 /// Writers wait when more than this is applied and not yet in the checkpoint. It bounds the
 /// memory that holds it, and what the log has to keep and a restart to replay.
 pub const UNWRITTEN_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -86,6 +92,17 @@ pub fn has_room_for_image(directory: &Path, image_bytes: u64) -> bool {
     free_bytes(directory).is_none_or(|free| free >= needed)
 }
 
+/// Whether a checkpoint that takes `on_disk_bytes` is to be written anew, now that the state's
+/// records are so many bytes. For each byte that this gives back, two are written at the most.
+pub fn is_rewrite_due(on_disk_bytes: u64, records_bytes: u64) -> bool {
+    on_disk_bytes > REWRITE_FLOOR_BYTES.max(records_bytes / 100 * REWRITE_PERCENT)
+}
+
+/// What a checkpoint takes that is written as a whole, in bytes, of records of so many.
+pub fn rewritten_bytes(records_bytes: u64) -> u64 {
+    records_bytes.saturating_add(records_bytes / 8)
+}
+
 /// What [`Space::watch`] looks at.
 pub struct Space {
     /// Directories; each may be on a disk of its own.
@@ -127,6 +144,31 @@ impl Space {
             );
         } else {
             tracing::info!(directory = %directory.display(), free_bytes, "the disk has space again");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn a_checkpoint_is_written_anew_when_a_third_of_it_is_not_needed() {
+        let due = |on_disk_mib, records_mib| is_rewrite_due(on_disk_mib * MIB, records_mib * MIB);
+        assert!(!due(64, 0), "a small one is left alone");
+        assert!(due(65, 0) && due(65, 43));
+        assert!(!due(65, 44));
+        assert!(!due(1535, 1024));
+        assert!(due(1537, 1024));
+        assert!(!is_rewrite_due(u64::MAX / 2, u64::MAX / 2));
+    }
+
+    #[test]
+    fn a_checkpoint_written_anew_is_not_due_again() {
+        for records_mib in [0, 1, 33, 1024, 1 << 20] {
+            assert!(!is_rewrite_due(rewritten_bytes(records_mib * MIB), records_mib * MIB));
         }
     }
 }

@@ -43,6 +43,9 @@ const STAGED: &str = "member.new";
 const MEMBER: &str = "member";
 /// The file in it that says that it is complete; see `DiskGenerations`.
 const LOCK: &str = "LOCK";
+/// Records are written in runs of so many bytes, or of so many records.
+const RUN_BYTES: usize = 8 << 20;
+const RUN_RECORDS: usize = 1 << 16;
 /// Of so many records each the caller is told how far it is.
 const RECORDS_PER_PROGRESS: u64 = 4096;
 
@@ -315,11 +318,13 @@ impl Staged {
     ) -> Result<(), StageError> {
         let (mut generations, mut storage) = DiskGenerations::begin_first(&self.dir)?;
         let Source { file, database, contents } = source;
-        let (mut batch, mut count) = (Batch::new(), 0);
+        let (mut run, mut run_bytes, mut count) = (Vec::new(), 0, 0);
         let read = decode::read(database, |revision, tombstone, kv| {
-            batch.put(Table::Mvcc, records::key(revision), records::value(tombstone, kv));
-            if batch.is_full() {
-                storage.write(std::mem::take(&mut batch)).map_err(Carry::Storage)?;
+            run.push((records::key(revision), records::value(tombstone, kv)));
+            run_bytes += kv.len();
+            if run_bytes >= RUN_BYTES || run.len() >= RUN_RECORDS {
+                storage.freeze(&mut run.drain(..)).map_err(Carry::Storage)?;
+                run_bytes = 0;
             }
             count += 1;
             if count % RECORDS_PER_PROGRESS == 0 {
@@ -336,8 +341,10 @@ impl Staged {
             return Err(StageError::Changed(file.path().to_owned()));
         }
         if let Some(bumped) = member.bumped {
-            batch.put(Table::Mvcc, records::key(bumped), records::value(false, b""));
+            run.push((records::key(bumped), records::value(false, b"")));
         }
+        storage.freeze(&mut run.into_iter())?;
+        let mut batch = Batch::new();
         for lease in &contents.leases {
             batch.put(Table::Lease, lease.id.to_be_bytes().to_vec(), lease.encode_to_vec());
             if batch.is_full() {

@@ -93,7 +93,7 @@ pub async fn when_joining<E: Error>(
 }
 
 /// The first answer of any of the peers, or why each did not.
-async fn ask<E: Error>(
+pub(super) async fn ask<E: Error>(
     peer_urls: &[String],
     connect: &Connect<E>,
     linearizable: bool,

@@ -1,13 +1,14 @@
 //! A member as its peers see it: what their calls come to.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
@@ -15,7 +16,8 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::metrics::PeerMetrics;
 use crate::net::identity::Identity;
-use crate::net::snapshot::Incoming;
+use crate::net::pull::{self, ImageChunks};
+use crate::net::snapshot::{Image as _, Incoming};
 use crate::net::{Receiver, SnapshotReplies};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
@@ -24,22 +26,38 @@ use crate::pb::kvorumpb::{
 };
 use crate::raft::Refused;
 use crate::runtime::forwarder::told;
+use crate::runtime::image::Images;
 use crate::runtime::proposer::change_of;
 use crate::runtime::raft_thread::{Proposal, RaftInput};
 
 /// How long one that joins waits for a majority to confirm who the members are.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// Members with a damaged state that this one helps at a time.
+const PULLS_MAX: usize = 2;
+
 /// See the module documentation.
 pub(super) struct PeerFace {
     engine: Engine,
     raft: Sender<RaftInput>,
     snapshots: Incoming,
+    /// Images of the state for members that ask for one.
+    images: Arc<Images>,
+    /// Bytes of an image sent per second to one member; 0: as fast as it goes.
+    bytes_per_sec: u64,
+    pulls: Arc<Semaphore>,
 }
 
 impl PeerFace {
-    pub(super) fn new(engine: Engine, raft: Sender<RaftInput>, snapshots: Incoming) -> PeerFace {
-        PeerFace { engine, raft, snapshots }
+    pub(super) fn new(
+        engine: Engine,
+        raft: Sender<RaftInput>,
+        snapshots: Incoming,
+        images: Arc<Images>,
+        bytes_per_sec: u64,
+    ) -> PeerFace {
+        let pulls = Arc::new(Semaphore::new(PULLS_MAX));
+        PeerFace { engine, raft, snapshots, images, bytes_per_sec, pulls }
     }
 }
 
@@ -66,6 +84,47 @@ impl Receiver for PeerFace {
         let metrics = self.engine.metrics().peer(self.engine.member_id(), from);
         metrics.snapshot_receive_inflights.inc();
         Box::pin(Counted { replies, metrics, began: Instant::now(), is_done: false })
+    }
+
+    async fn pull_image(&self, from: u64, at_least: u64) -> Result<ImageChunks, Status> {
+        self.engine.serializable_check().map_err(|error| Status::unavailable(error.to_string()))?;
+        if !self.engine.member_records().iter().any(|member| member.id == from) {
+            return Err(Status::failed_precondition(format!(
+                "it knows no member {from:x}: it was removed, or this one has yet to hear of it"
+            )));
+        }
+        let own = self.engine.member_id();
+        // The cluster's, where no majority could tell which member it is, has number 0.
+        let is_in_doubt = |alarm: &AlarmMember| {
+            alarm.alarm == AlarmType::Corrupt as i32 && [0, own].contains(&alarm.member_id)
+        };
+        if self.engine.alarms().iter().any(is_in_doubt) {
+            return Err(Status::failed_precondition(
+                "its own state is in doubt: the CORRUPT alarm is active (etcdctl alarm list)",
+            ));
+        }
+        let Ok(permit) = Arc::clone(&self.pulls).try_acquire_owned() else {
+            return Err(Status::resource_exhausted(format!(
+                "it sends its state to {PULLS_MAX} members already: wait until one has it"
+            )));
+        };
+        let images = Arc::clone(&self.images);
+        // Copying the leases may take a while.
+        let made = tokio::task::spawn_blocking(move || images.source(from, at_least)).await;
+        let source = made.map_err(|error| Status::internal(error.to_string()))?;
+        let source = source.map_err(|error| Status::unavailable(error.to_string()))?;
+        let index = source.index();
+        if index < at_least || index == 0 {
+            return Err(Status::failed_precondition(format!(
+                "it has applied entries up to {index}, and the caller's log goes on behind {at_least}"
+            )));
+        }
+        tracing::info!(
+            member = format!("{from:x}"),
+            index,
+            "sending a snapshot that was asked for"
+        );
+        Ok(pull::offer(source, self.bytes_per_sec, permit))
     }
 
     async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {

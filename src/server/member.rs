@@ -5,6 +5,7 @@
 //! to. A member has no sockets; those are the server's.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
@@ -16,7 +17,7 @@ use tokio::sync::{Semaphore, watch};
 
 use super::face::PeerFace;
 use super::stop::{Stop, Threads, end_on_fault, spawn};
-use super::{StartError, discover};
+use super::{StartError, discover, heal};
 use crate::config::{AutoCompaction, ClusterState, Config, Gate, MetricsLevel};
 use crate::engine::{Engine, Limits, Parts, SAVES_MAX, Versions};
 use crate::error::Error;
@@ -53,6 +54,8 @@ use crate::version::{ETCD_STORAGE_VERSION, ETCD_VERSION};
 
 /// A member that could not tell the cluster who it is tries again after this.
 const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
+/// A member that waits for a leader says so as often as this.
+const LEADER_WAIT_TOLD: Duration = Duration::from_secs(10);
 
 /// A member without its sockets.
 pub(super) struct Member {
@@ -256,12 +259,13 @@ impl Member {
             metrics: Arc::clone(&metrics),
         };
         threads.front.push(spawn("apply", &fault, move || apply_thread.run())?);
+        let images = Arc::new(Images::new(Arc::clone(&state), pins));
         let raft_parts = RaftParts {
             node,
             mailbox: raft_mailbox,
             outbox: Box::new(PeerOutbox::new(
                 peers,
-                Arc::new(Images::new(Arc::clone(&state), pins)),
+                Arc::clone(&images),
                 raft_sender.clone(),
                 Handle::current(),
                 config.snapshot_send_bytes_per_sec,
@@ -281,7 +285,13 @@ impl Member {
         threads.front.push(spawn("raft", &fault, move || raft_thread.run())?);
 
         let incoming = incoming(&place, &raft_sender)?;
-        let face = Arc::new(PeerFace::new(engine.clone(), raft_sender.clone(), incoming));
+        let face = Arc::new(PeerFace::new(
+            engine.clone(),
+            raft_sender.clone(),
+            incoming,
+            images,
+            config.snapshot_send_bytes_per_sec,
+        ));
         let compactor = AutoCompactor {
             state: Arc::clone(&state),
             proposer: Arc::clone(&proposer),
@@ -341,10 +351,13 @@ impl Member {
         client_urls: Vec<String>,
     ) -> Result<(), StartError> {
         let mut role = self.published.role.subscribe();
-        let leader = role.wait_for(|role| role.leader != 0);
-        tokio::select! {
-            _ = leader => {}
-            fatal = self.fault.wait() => return Err(fatal.into()),
+        let mut leader = pin!(role.wait_for(|role| role.leader != 0));
+        loop {
+            tokio::select! {
+                _ = &mut leader => break,
+                fatal = self.fault.wait() => return Err(fatal.into()),
+                () = tokio::time::sleep(LEADER_WAIT_TOLD) => self.engine.log_who_is_missing(),
+            }
         }
         loop {
             let published = self.engine.publish(config.name.clone(), client_urls.clone()).await;
@@ -426,8 +439,7 @@ async fn recover(
             discover::when_new(&urls, &**connector).await
         };
     }
-    let opening = tokio::task::spawn_blocking(move || recover::open(&place, &bootstrap));
-    let mut recovery = opening.await.map_err(|error| Fatal::new(error.to_string()))??;
+    let mut recovery = heal::open(place, bootstrap, connector).await?;
     let Recovery { state, start, identity, is_new, .. } = &mut recovery;
     start.election_ticks = limits.election_ticks() as usize;
     start.pre_vote = config.pre_vote;

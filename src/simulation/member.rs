@@ -9,7 +9,7 @@ use std::future::Future;
 use std::mem;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
@@ -30,6 +30,7 @@ use crate::pb::etcdserverpb::ResponseHeader;
 use crate::pb::kvorumpb::SnapshotBegin;
 use crate::raft::{Node, Outgoing, Refused, Role};
 use crate::runtime::apply_thread::{self, ApplyTask, ApplyThread, CompactionPace};
+use crate::runtime::boot_clock::BootClock;
 use crate::runtime::checkpoint_thread::{
     CheckpointTask, CheckpointThread, Checkpointer, Removed, UnderWay,
 };
@@ -97,6 +98,8 @@ pub(super) struct Life {
     clock_us: u64,
     /// By how much it is behind the world's: a machine that is suspended has no time.
     behind_us: u64,
+    /// The world's time.
+    boot_clock: Arc<AtomicU64>,
     began: Instant,
 
     raft: RaftThread,
@@ -230,7 +233,12 @@ impl Life {
         let durable_revision = state.store().revision();
         let recovered_hash = At { index: applied.index, hash: state.rolling_hash() };
         let state = Arc::new(RwLock::new(state));
-        let published = Arc::new(Published::new(applied.index, applied.term));
+        let boot_clock = Arc::new(AtomicU64::new(0));
+        let published = Arc::new(Published::with_clock(
+            applied.index,
+            applied.term,
+            BootClock::Simulated(Arc::clone(&boot_clock)),
+        ));
         let waiters = Arc::new(Waiters::new(identity.member_id, boot));
         let leases = Arc::new(LeaseClock::new(Arc::clone(&published)));
         let pins = Arc::new(Pins::default());
@@ -368,6 +376,7 @@ impl Life {
             tasks,
             clock_us: 0,
             behind_us: 0,
+            boot_clock,
             began,
             raft,
             mailbox,
@@ -423,6 +432,7 @@ impl Life {
     /// Moves this member's clock to the world's time. No timer runs out here, but in the next
     /// turn of the tasks.
     fn advance(&mut self, now_us: u64) {
+        self.boot_clock.store(now_us, Ordering::Relaxed);
         let local = now_us.saturating_sub(self.behind_us);
         if local > self.clock_us {
             let by = Duration::from_micros(local - self.clock_us);

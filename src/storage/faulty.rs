@@ -124,6 +124,18 @@ impl Storage for FaultyStorage {
         })
     }
 
+    fn freeze(
+        &mut self,
+        records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+    ) -> Result<(), StorageError> {
+        // Each of the batches may fail, or be the last that a power cut leaves.
+        super::write_in_batches(self, records)
+    }
+
+    fn frozen_to(&self) -> Option<Bytes> {
+        None
+    }
+
     fn sync(&mut self) -> Result<(), StorageError> {
         self.with_disk(|disk| {
             if is_used_up(&mut disk.syncs_left) {

@@ -6,10 +6,24 @@
 //!
 //! ```text
 //! member/LOCK        held while a server has the member open
-//! member/CURRENT     "ckpt-3\n"
+//! member/CURRENT     "ckpt-3\nformat 1\ncrc32c 5a1b…\n"
 //! member/ckpt-3/     counts
 //! member/ckpt-4/     being filled; a crash now leaves it behind, and it is removed
+//! member/healing/    the same, to take the place of one that is damaged
+//! member/damaged-ckpt-2/   one that was; nobody reads or removes it but the operator
 //! ```
+//!
+//! `CURRENT` is where reading a data directory begins, so it carries the version of the whole:
+//! which files there are and what they mean. (The checkpoint and each segment of the log have
+//! versions of their own for what is in them.) Its checksum keeps a flipped bit from naming another
+//! checkpoint, which would cost the right one as a leftover. Versions before 0.1.0 wrote its
+//! first line alone.
+//!
+//! **A damaged checkpoint** is replaced by [`DiskGenerations::of_damaged`],
+//! [`begin_beside`](DiskGenerations::begin_beside) and
+//! [`replace_damaged`](DiskGenerations::replace_damaged). Until the last all is as it was; a crash
+//! within it leaves a `CURRENT` that names a checkpoint which is not there, which is damage to be
+//! healed like the one before, and nothing is ever removed.
 //!
 //! Without `CURRENT` no checkpoint ever counted: the member is new, and what lies there
 //! was begun by a start that did not get far. That this is so, and `CURRENT` not lost, is
@@ -17,7 +31,7 @@
 //! removed before the checkpoint that counts was opened.
 
 use std::fs::{self, File};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::{MemoryStorage, SledStorage, Storage, StorageError};
@@ -27,6 +41,18 @@ use crate::file_lock::FileLock;
 const CURRENT: &str = "CURRENT";
 /// The file that is locked while a server has the member open.
 const LOCK: &str = "LOCK";
+/// Where the checkpoint is filled that is to replace a damaged one.
+const HEALING: &str = "healing";
+/// Put before the name of a checkpoint that was damaged.
+const DAMAGED: &str = "damaged-";
+/// Checkpoints of one name that may be set aside: each needs an operator to look at it.
+const DAMAGED_MAX: u32 = 1000;
+/// The version of the data directory that this code reads and writes.
+const FORMAT: u32 = 1;
+const FORMAT_LINE: &str = "format ";
+const CHECKSUM_LINE: &str = "crc32c ";
+/// More than `CURRENT` ever has, in bytes.
+const CURRENT_BYTES_MAX: u64 = 4096;
 
 /// Makes the checkpoint after the current one.
 pub trait Generations: Send {
@@ -121,12 +147,19 @@ impl DiskGenerations {
     /// See [`StorageError`].
     pub fn open(member_dir: &Path) -> Result<(DiskGenerations, SledStorage), StorageError> {
         let mut generations = DiskGenerations::locked(member_dir)?;
-        let text = fs::read_to_string(member_dir.join(CURRENT));
-        let text = text.map_err(|error| generations.io("read CURRENT", error))?;
-        let number = text.trim_end().strip_prefix("ckpt-").and_then(|number| number.parse().ok());
-        generations.number = number.ok_or_else(|| StorageError::Damaged {
-            dir: member_dir.to_owned(),
-            detail: format!("its file {CURRENT} does not name a checkpoint"),
+        let current = member_dir.join(CURRENT);
+        let mut text = Vec::new();
+        File::open(&current)
+            .and_then(|file| file.take(CURRENT_BYTES_MAX).read_to_end(&mut text))
+            .map_err(|error| generations.io("read CURRENT", error))?;
+        generations.number = read_current(&text).map_err(|bad| match bad {
+            BadCurrent::Damaged => StorageError::Damaged {
+                dir: member_dir.to_owned(),
+                detail: format!("its file {CURRENT} does not name a checkpoint"),
+            },
+            BadCurrent::Newer(found) => {
+                StorageError::NewerFormat { dir: current.clone(), found, known: FORMAT }
+            }
         })?;
         let dir = generations.dir(generations.number);
         if !dir.is_dir() {
@@ -136,6 +169,77 @@ impl DiskGenerations {
         let storage = SledStorage::open(&dir)?;
         generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
         Ok((generations, storage))
+    }
+
+    /// A member whose checkpoint cannot be used, locked. Changes nothing.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn of_damaged(member_dir: &Path) -> Result<DiskGenerations, StorageError> {
+        let mut generations = DiskGenerations::locked(member_dir)?;
+        let found =
+            checkpoints(member_dir).map_err(|e| generations.io("look for checkpoints", e))?;
+        generations.number = found.iter().filter_map(|path| number_of(path)).max().unwrap_or(0);
+        Ok(generations)
+    }
+
+    /// The checkpoint that `CURRENT` names, if it names one that is there.
+    pub fn counting(&self) -> Option<PathBuf> {
+        let text = fs::read(self.member_dir.join(CURRENT)).ok()?;
+        Some(self.dir(read_current(&text).ok()?)).filter(|dir| dir.is_dir())
+    }
+
+    /// An empty checkpoint that is to take the place of the damaged one. What an earlier
+    /// attempt left is removed.
+    ///
+    /// # Errors
+    /// See [`StorageError`].
+    pub fn begin_beside(&self) -> Result<SledStorage, StorageError> {
+        let healing = self.member_dir.join(HEALING);
+        self.remove_healing().map_err(|error| self.io("remove a leftover", error))?;
+        SledStorage::open(&healing)
+    }
+
+    /// What was begun beside, filled, synced and dropped counts from now on, durably. Returns
+    /// where the damaged checkpoints are now.
+    ///
+    /// # Errors
+    /// Only a new start can tell which one counts: see the module's documentation.
+    pub fn replace_damaged(&mut self) -> Result<Vec<PathBuf>, StorageError> {
+        let aside = self.set_aside().map_err(|error| self.io("set it aside", error))?;
+        let next = self.dir(self.number + 1);
+        fs::rename(self.member_dir.join(HEALING), &next)
+            .and_then(|()| File::open(&self.member_dir)?.sync_all())
+            .map_err(|error| self.io("replace it", error))?;
+        self.switch()?;
+        Ok(aside)
+    }
+
+    fn set_aside(&self) -> io::Result<Vec<PathBuf>> {
+        let mut aside = Vec::new();
+        for path in checkpoints(&self.member_dir)? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let mut names = (1..DAMAGED_MAX).map(|time| match time {
+                1 => self.member_dir.join(format!("{DAMAGED}{name}")),
+                _ => self.member_dir.join(format!("{DAMAGED}{name}-{time}")),
+            });
+            let free = names.find(|path| !path.exists());
+            let to = free.ok_or_else(|| {
+                io::Error::other(format!("there are {DAMAGED_MAX} of them: remove some"))
+            })?;
+            fs::rename(&path, &to)?;
+            aside.push(to);
+        }
+        Ok(aside)
+    }
+
+    fn remove_healing(&self) -> io::Result<()> {
+        let healing = self.member_dir.join(HEALING);
+        SledStorage::give_back_space(&healing);
+        match fs::remove_dir_all(&healing) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn dir(&self, number: u64) -> PathBuf {
@@ -148,7 +252,7 @@ impl DiskGenerations {
             SledStorage::give_back_space(&path);
             fs::remove_dir_all(&path)?;
         }
-        Ok(())
+        self.remove_healing()
     }
 
     /// What does not count and cannot be removed now is in nobody's way: the next start
@@ -166,9 +270,56 @@ impl DiskGenerations {
 
     fn write_temporary(&self, path: &Path, number: u64) -> io::Result<()> {
         let mut file = File::create(path)?;
-        file.write_all(format!("ckpt-{number}\n").as_bytes())?;
+        file.write_all(current_text(number).as_bytes())?;
         file.sync_all()
     }
+}
+
+/// Why a file is no `CURRENT`.
+#[derive(Debug, PartialEq, Eq)]
+enum BadCurrent {
+    Damaged,
+    /// Of another version of the data directory.
+    Newer(u32),
+}
+
+/// What `CURRENT` holds when the checkpoint of this number counts.
+fn current_text(number: u64) -> String {
+    let text = format!("ckpt-{number}\n{FORMAT_LINE}{FORMAT}\n");
+    let checksum = crc32c::crc32c(text.as_bytes());
+    format!("{text}{CHECKSUM_LINE}{checksum:08x}\n")
+}
+
+/// The number of the checkpoint that counts. A later version may write other lines, but begins with
+/// these two and ends with the checksum.
+fn read_current(text: &[u8]) -> Result<u64, BadCurrent> {
+    let text = str::from_utf8(text).map_err(|_| BadCurrent::Damaged)?;
+    let text = text.strip_suffix('\n').ok_or(BadCurrent::Damaged)?;
+    let Some((body, last)) = text.rsplit_once('\n') else {
+        return number_in(text).ok_or(BadCurrent::Damaged);
+    };
+    let checksum = last.strip_prefix(CHECKSUM_LINE).ok_or(BadCurrent::Damaged)?;
+    if checksum != format!("{:08x}", crc32c::crc32c(format!("{body}\n").as_bytes())) {
+        return Err(BadCurrent::Damaged);
+    }
+    let mut lines = body.lines();
+    let (name, format) = (lines.next(), lines.next());
+    let format = format.and_then(|line| line.strip_prefix(FORMAT_LINE)?.parse().ok());
+    match format.ok_or(BadCurrent::Damaged)? {
+        FORMAT => name.and_then(number_in).ok_or(BadCurrent::Damaged),
+        newer => Err(BadCurrent::Newer(newer)),
+    }
+}
+
+/// The number of the checkpoint of this name.
+fn number_in(name: &str) -> Option<u64> {
+    let number = name.strip_prefix("ckpt-")?;
+    // `+3` and `03` are numbers, too, and of no checkpoint.
+    number.parse().ok().filter(|parsed: &u64| parsed.to_string() == number)
+}
+
+fn number_of(path: &Path) -> Option<u64> {
+    number_in(path.file_name()?.to_str()?)
 }
 
 /// The checkpoints there are, whether they count or not.
@@ -314,6 +465,52 @@ mod tests {
         assert!(dir.path().join("ckpt-2").is_dir(), "what is being filled is still there");
         drop((generations, storage, next));
         DiskGenerations::open(dir.path()).expect("it is free again");
+    }
+
+    #[test]
+    fn current_is_read_as_written_and_nothing_else_is() {
+        assert_eq!(read_current(current_text(37).as_bytes()), Ok(37));
+        assert_eq!(read_current(b"ckpt-37\n"), Ok(37), "as before 0.1.0");
+        let intact = current_text(37).into_bytes();
+        for at in 0..intact.len() {
+            for bit in 0..8 {
+                let mut flipped = intact.clone();
+                flipped[at] ^= 1 << bit;
+                assert_eq!(read_current(&flipped), Err(BadCurrent::Damaged), "{at} {bit}");
+            }
+            let cut = read_current(&intact[..at]);
+            assert!(cut == Err(BadCurrent::Damaged) || cut == Ok(37), "cut at {at}");
+        }
+        for other in ["", "\n", "ckpt-37", "ckpt-\n", "ckpt-+37\n", "ckpt-037\n", "ckpt-1/..\n"] {
+            assert_eq!(read_current(other.as_bytes()), Err(BadCurrent::Damaged), "{other:?}");
+        }
+        let newer = "ckpt-1\nformat 2\nand more\n";
+        let newer = format!("{newer}crc32c {:08x}\n", crc32c::crc32c(newer.as_bytes()));
+        assert_eq!(read_current(newer.as_bytes()), Err(BadCurrent::Newer(2)));
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_is_set_aside_and_replaced() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for round in 1..=3 {
+            fs::create_dir_all(dir.path().join(format!("ckpt-{round}"))).expect("a directory");
+            fs::write(dir.path().join(CURRENT), "what is this?").expect("written");
+            // An attempt that got nowhere.
+            let generations = DiskGenerations::of_damaged(dir.path()).expect("locked");
+            put(&mut generations.begin_beside().expect("begun"), "given up");
+            drop(generations);
+            let mut generations = DiskGenerations::of_damaged(dir.path()).expect("locked");
+            let mut storage = generations.begin_beside().expect("begun");
+            assert!(storage.get(Table::Head, b"k").expect("get").is_none());
+            put(&mut storage, "healed");
+            drop(storage);
+            let aside = generations.replace_damaged().expect("replaced");
+            drop(generations);
+            assert!(aside.iter().all(|path| path.is_dir()) && !aside.is_empty());
+            let (_, storage) = DiskGenerations::open(dir.path()).expect("open");
+            assert_eq!(value(&storage), b"healed");
+            assert!(aside.iter().all(|path| path.is_dir()), "nobody removes them");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::{Batch, Storage, StorageError, Table, Visit};
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MemoryStorage {
     records: BTreeMap<(Table, Bytes), Bytes>,
+    frozen_to: Option<Bytes>,
 }
 
 impl MemoryStorage {
@@ -36,8 +37,26 @@ impl Storage for MemoryStorage {
         if let Some((table, len)) = batch.oversized_key() {
             return Err(StorageError::KeyTooLong { table, len });
         }
+        if batch.changes_up_to(self.frozen_to.as_deref()) {
+            return Err(StorageError::Frozen);
+        }
         self.apply(batch);
         Ok(())
+    }
+
+    fn freeze(
+        &mut self,
+        records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+    ) -> Result<(), StorageError> {
+        for (key, value) in records {
+            self.frozen_to = Some(key.clone());
+            self.records.insert((Table::Mvcc, key), value.into());
+        }
+        Ok(())
+    }
+
+    fn frozen_to(&self) -> Option<Bytes> {
+        self.frozen_to.clone()
     }
 
     fn sync(&mut self) -> Result<(), StorageError> {

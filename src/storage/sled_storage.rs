@@ -17,6 +17,9 @@
 //!   are stored in pieces, and that there is no such file is checked on each sync.
 //! - Free space is reclaimed by sled's own thread only, hence `flush_every_ms`. The
 //!   file never shrinks; what is free in it is used again.
+//! - sled takes much more space than its records. Those of [`Table::Mvcc`] are put into a
+//!   plain file beside it, of which sled holds no more than how long it is
+//!   ([`super::frozen`]). A checkpoint of format 1 has them in sled, and keeps to that.
 //!
 //! Opening a new directory takes a few milliseconds, opening one with a million records
 //! of 300 bytes a third of a second. sled holds about as much in memory as it has on disk,
@@ -38,6 +41,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use super::frozen::{self, Frozen};
 use super::mark::Mark;
 use super::record::{
     Head, OWN_TABLE, PIECE_BYTES, Pieces, decode_head, decode_piece, encode_head, encode_piece,
@@ -47,10 +51,12 @@ use super::{Batch, Storage, StorageError, Table, Visit};
 use crate::file_lock;
 
 /// The format described in [`super::record`].
-const FORMAT: u32 = 1;
+/// 2: there may be a file of frozen records.
+const FORMAT: u32 = 2;
 const FORMAT_KEY: &[u8] = b"format";
 const FORMAT_MAGIC: &[u8] = b"kvorum checkpoint ";
 const PROGRESS_KEY: &[u8] = b"progress";
+const FROZEN_KEY: &[u8] = b"frozen";
 /// The name of the file with the mark.
 const MARK_FILE: &str = "synced";
 
@@ -82,6 +88,10 @@ pub struct SledStorage {
     progress: Progress,
     /// How many writes have been synced.
     mark: Mark,
+    /// Records that sled need not hold.
+    frozen: Option<Frozen>,
+    /// There are more of them than sled knows of.
+    frozen_grew: bool,
 }
 
 /// What every batch says of the state it leads to.
@@ -165,6 +175,8 @@ impl SledStorage {
             names_synced: mark.number() > 0,
             progress,
             mark,
+            frozen: None,
+            frozen_grew: false,
         };
         if is_empty && storage.mark.number() == 0 {
             storage.begin()?;
@@ -173,6 +185,7 @@ impl SledStorage {
         if !is_empty {
             storage.check_format()?;
             storage.progress = storage.read_progress()?;
+            storage.frozen = storage.open_frozen()?;
         }
         let (writes, synced) = (storage.progress.writes, storage.mark.number());
         if writes < synced {
@@ -242,6 +255,24 @@ impl SledStorage {
         progress.ok_or_else(|| self.damaged("its progress record".into()))
     }
 
+    fn open_frozen(&self) -> Result<Option<Frozen>, StorageError> {
+        let key = stored_key(OWN_TABLE, FROZEN_KEY);
+        let Some(stored) = self.call("read", |db| db.get(&key))? else { return Ok(None) };
+        match decode_head(&key, &stored) {
+            Some(Head::Whole(encoded)) => {
+                Frozen::open(&self.dir, encoded).map(Some).map_err(|error| self.unreadable(error))
+            }
+            _ => Err(self.damaged(describe(&key))),
+        }
+    }
+
+    fn unreadable(&self, error: frozen::ReadError) -> StorageError {
+        match error {
+            frozen::ReadError::Io(source) => self.io("read its frozen records", source),
+            frozen::ReadError::Damaged(detail) => self.damaged(detail),
+        }
+    }
+
     /// Makes changes that lead to so many records.
     fn apply(
         &mut self,
@@ -249,11 +280,18 @@ impl SledStorage {
         counts: BTreeMap<u8, u64>,
     ) -> Result<(), StorageError> {
         let progress = Progress { writes: self.progress.writes.saturating_add(1), counts };
-        let key = stored_key(OWN_TABLE, PROGRESS_KEY);
-        let sealed = encode_head(&key, &Head::Whole(&progress.encode()));
-        changes.insert(key, sealed);
+        let mut insert_own = |key: &[u8], value: &[u8]| {
+            let key = stored_key(OWN_TABLE, key);
+            let sealed = encode_head(&key, &Head::Whole(value));
+            changes.insert(key, sealed);
+        };
+        insert_own(PROGRESS_KEY, &progress.encode());
+        if let Some(frozen) = self.frozen.as_ref().filter(|_| self.frozen_grew) {
+            insert_own(FROZEN_KEY, &frozen.encode());
+        }
         self.call("write", |db| db.apply_batch(changes))?;
         self.progress = progress;
+        self.frozen_grew = false;
         Ok(())
     }
 
@@ -287,6 +325,11 @@ impl SledStorage {
 
     fn damaged(&self, detail: String) -> StorageError {
         StorageError::Damaged { dir: self.dir.clone(), detail }
+    }
+
+    /// The frozen records of a table: their keys come before those that sled has.
+    fn frozen_of(&self, table: Table) -> Option<&Frozen> {
+        self.frozen.as_ref().filter(|_| table == Table::Mvcc)
     }
 
     /// The record stored under a key, and whether its value is elsewhere.
@@ -326,6 +369,9 @@ impl Storage for SledStorage {
         if let Some((table, len)) = batch.oversized_key() {
             return Err(StorageError::KeyTooLong { table, len });
         }
+        if batch.changes_up_to(self.frozen_to().as_deref()) {
+            return Err(StorageError::Frozen);
+        }
         let mut counts = self.progress.counts.clone();
         let mut changes = sled::Batch::default();
         for ((table, key), value) in batch.changes {
@@ -360,6 +406,49 @@ impl Storage for SledStorage {
         self.apply(changes, counts)
     }
 
+    fn freeze(
+        &mut self,
+        records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
+    ) -> Result<(), StorageError> {
+        let in_sled = self.progress.counts.get(&(Table::Mvcc as u8)).copied().unwrap_or(0);
+        if in_sled > 0 {
+            return super::write_in_batches(self, records);
+        }
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(StorageError::Failed { dir: self.dir.clone() });
+        }
+        let mut records = records.peekable();
+        if records.peek().is_none() {
+            return Ok(());
+        }
+        let frozen = match self.frozen.take() {
+            Some(frozen) => Ok(frozen),
+            None => {
+                // The file's name is not durable yet.
+                self.names_synced = false;
+                Frozen::create(&self.dir)
+            }
+        };
+        let extended = frozen.and_then(|mut frozen| {
+            frozen.extend(&mut records)?;
+            Ok(frozen)
+        });
+        match extended {
+            Ok(frozen) => self.frozen = Some(frozen),
+            Err(source) => {
+                // Without space nothing was lost that sled knows of.
+                self.sync_failed |= source.kind() != io::ErrorKind::StorageFull;
+                return Err(self.io("write its frozen records", source));
+            }
+        }
+        self.frozen_grew = true;
+        Ok(())
+    }
+
+    fn frozen_to(&self) -> Option<Bytes> {
+        self.frozen.as_ref().map(|frozen| Bytes::copy_from_slice(frozen.last()))
+    }
+
     fn sync(&mut self) -> Result<(), StorageError> {
         self.call("flush", |db| db.flush())?;
         if let Err(source) = self.file.sync_data() {
@@ -385,6 +474,14 @@ impl Storage for SledStorage {
     }
 
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        if let Some(frozen) = self.frozen_of(table).filter(|frozen| key <= frozen.last()) {
+            let mut found = None;
+            let scanned = frozen.scan(key, b"", &mut |at, value| {
+                found = (at == key).then_some(value);
+                ControlFlow::Break(())
+            });
+            return scanned.map(|_| found).map_err(|error| self.unreadable(error));
+        }
         let key = stored_key(table as u8, key);
         let stored = self.call("read", |db| db.get(&key))?;
         stored.map(|stored| self.value_of(&key, &stored)).transpose()
@@ -398,6 +495,11 @@ impl Storage for SledStorage {
         visit: &mut Visit<'_>,
     ) -> Result<(), StorageError> {
         if !to.is_empty() && from >= to {
+            return Ok(());
+        }
+        if let Some(frozen) = self.frozen_of(table)
+            && frozen.scan(from, to, visit).map_err(|error| self.unreadable(error))?.is_break()
+        {
             return Ok(());
         }
         let start = stored_key(table as u8, from);

@@ -146,6 +146,117 @@ fn long_values_come_back_whole() {
     });
 }
 
+fn frozen(count: usize) -> impl Iterator<Item = (Bytes, Vec<u8>)> {
+    (0..count).map(|at| (format!("{at:04}").into(), long_value(at * 10, at).to_vec()))
+}
+
+fn put_head(storage: &mut dyn Storage) {
+    let mut batch = Batch::new();
+    batch.put(Table::Head, "head", "");
+    storage.write(batch).unwrap();
+}
+
+#[test]
+fn frozen_records_are_as_others_but_stay() {
+    on_each(|storage| {
+        assert_eq!(storage.frozen_to(), None);
+        storage.freeze(&mut frozen(500).take(200)).unwrap();
+        put_head(storage);
+        storage.freeze(&mut frozen(500).skip(200)).unwrap();
+        put_head(storage);
+        storage.freeze(&mut std::iter::empty()).unwrap();
+        storage.sync().unwrap();
+        let found = records(storage, Table::Mvcc);
+        assert_eq!(found.len(), 500);
+        for ((key, value), (expected_key, expected)) in found.iter().zip(frozen(500)) {
+            assert!(key[..] == expected_key && value[..] == expected);
+        }
+        assert_eq!(records_between(storage, Table::Mvcc, b"0100", b"0103").len(), 3);
+        assert_eq!(storage.get(Table::Mvcc, b"0007").unwrap(), Some(long_value(70, 7)));
+        assert_eq!(storage.get(Table::Mvcc, b"0007x").unwrap(), None);
+        assert_eq!(records(storage, Table::Lease).len(), 0);
+        let Some(frozen_to) = storage.frozen_to() else { return };
+        assert_eq!(frozen_to, "0499");
+        let mut batch = Batch::new();
+        batch.delete(Table::Mvcc, "0499");
+        batch.put(Table::Head, "head", "nothing of it happens");
+        assert!(matches!(storage.write(batch), Err(StorageError::Frozen)));
+        assert_eq!(storage.get(Table::Head, b"head").unwrap(), Some(Bytes::new()));
+    });
+}
+
+/// A crash between the two leaves nothing of the first.
+#[test]
+fn frozen_records_count_with_the_next_batch() {
+    let dir = TempDir::new().unwrap();
+    for (count, counts) in [(10, false), (15, true), (20, false), (30, true)] {
+        let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+        let before = records(&storage, Table::Mvcc).len();
+        storage.freeze(&mut frozen(count).skip(before)).unwrap();
+        if counts {
+            put_head(&mut storage);
+            storage.sync().unwrap();
+        }
+        drop(storage);
+        let storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+        let found = records(&storage, Table::Mvcc);
+        assert_eq!(found.len(), if counts { count } else { before });
+        assert!(found.iter().zip(frozen(count)).all(|(found, put)| found.0[..] == put.0));
+    }
+}
+
+/// As before there was a file for them.
+#[test]
+fn a_checkpoint_with_records_in_sled_keeps_them_there() {
+    let dir = TempDir::new().unwrap();
+    let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+    put(&mut storage, b"0000", "in sled");
+    storage.freeze(&mut frozen(9).skip(1)).unwrap();
+    storage.sync().unwrap();
+    assert_eq!(storage.frozen_to(), None);
+    assert_eq!(records(&storage, Table::Mvcc).len(), 9);
+}
+
+#[test]
+fn damage_to_frozen_records_is_named() {
+    let dir = TempDir::new().unwrap();
+    let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
+    storage.freeze(&mut frozen(20)).unwrap();
+    put_head(&mut storage);
+    storage.sync().unwrap();
+    let before = records(&storage, Table::Mvcc);
+    assert_eq!(before.len(), 20);
+    drop(storage);
+    let path = checkpoint(&dir).join("frozen");
+    let file = fs::read(&path).unwrap();
+    let read = || -> Result<Records, StorageError> {
+        let storage = SledStorage::open(&checkpoint(&dir))?;
+        let mut records = Vec::new();
+        storage.scan(Table::Mvcc, b"", b"", &mut |key, value| {
+            records.push((key.to_vec(), value));
+            ControlFlow::Continue(())
+        })?;
+        Ok(records)
+    };
+    let is_named = |error: StorageError| {
+        assert!(matches!(error, StorageError::Damaged { .. }), "{error}");
+        assert!(error.to_string().contains("ckpt-1"), "{error}");
+        assert!(error.to_string().contains("\"frozen\""), "{error}");
+    };
+    for at in (0..32).chain((32..file.len()).step_by(97)) {
+        let mut spoiled = file.clone();
+        spoiled[at] ^= 0x80;
+        fs::write(&path, spoiled).unwrap();
+        is_named(read().expect_err("a byte is another"));
+    }
+    fs::write(&path, &file[..file.len() - 1]).unwrap();
+    is_named(read().expect_err("it is too short"));
+    fs::remove_file(&path).unwrap();
+    is_named(read().expect_err("it is missing"));
+    fs::write(&path, [&file[..], b"what was never written"].concat()).unwrap();
+    assert_eq!(read().unwrap(), before);
+}
+
 #[test]
 fn a_key_that_is_too_long_changes_nothing() {
     on_each(|storage| {
@@ -287,7 +398,7 @@ fn a_newer_format_is_refused() {
         db.insert(key, sealed).unwrap();
     });
     let error = SledStorage::open(&checkpoint(&dir)).unwrap_err();
-    assert!(matches!(error, StorageError::NewerFormat { found: 7, known: 1, .. }), "{error}");
+    assert!(matches!(error, StorageError::NewerFormat { found: 7, known: 2, .. }), "{error}");
 }
 
 /// Changes a checkpoint behind its back.

@@ -12,6 +12,7 @@ mod behind;
 mod common;
 mod every_member;
 mod faults;
+mod heal;
 mod membership;
 mod restarts;
 mod rig;

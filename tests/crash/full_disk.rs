@@ -28,6 +28,8 @@ use crate::{seeded, watcher};
 const DISK_BYTES: u64 = 256 << 20;
 /// Room for three segments and a checkpoint worth making smaller.
 const FILLED_DISK_BYTES: u64 = 448 << 20;
+/// What is to be written anew when the disk fills meanwhile.
+const DEFRAGMENTED_BYTES: i64 = 80 << 20;
 const NO_SPACE: &str = "etcdserver: mvcc: database space exceeded";
 /// What the member's status says while its disk is short of space.
 const DISK_FULL: &str = "kvorum: the disk is almost full: writes that take space are refused";
@@ -144,6 +146,11 @@ impl Rig {
         status.into_inner().errors
     }
 
+    async fn db_size(&self) -> i64 {
+        let mut maintenance = MaintenanceClient::new(self.node.channel());
+        maintenance.status(StatusRequest {}).await.expect("answers").into_inner().db_size
+    }
+
     /// Another program's file that leaves this much free.
     fn fill(&self, leave_bytes: u64) -> PathBuf {
         let path = self.disk.path().join("other");
@@ -204,6 +211,52 @@ async fn a_disk_filled_by_writing_is_emptied_by_defragmenting() {
     let mut maintenance = MaintenanceClient::new(rig.node.channel());
     maintenance.defragment(DefragmentRequest {}).await.expect("defragments");
     rig.wait_until_accepted().await;
+    rig.load_for(Duration::from_millis(300), Mix::Everything).await;
+    rig.verify().await;
+    rig.node.kill();
+    rig.node.start();
+    rig.verify().await;
+}
+
+/// Another program takes all there is while the checkpoint is written anew: the one before
+/// goes on counting, whoever asked is told, and nobody has to restart anything.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_filled_during_defragmentation_loses_nothing() {
+    let Some(mut rig) = Rig::new("defragmenting", || Disk::ext4(FILLED_DISK_BYTES)) else { return };
+    rig.node.start();
+    // So much that writing it takes a while, and so little that it would fit twice.
+    let load = Load::start(&rig.node.channel(), &rig.history, Mix::Fill(64 << 10), &mut rig.rng);
+    let began = Instant::now();
+    while rig.db_size().await < DEFRAGMENTED_BYTES {
+        assert!(began.elapsed() < PATIENCE, "{}", rig.node.log_tail());
+        tokio::time::sleep(POLL).await;
+    }
+    load.finish().await;
+    let mut maintenance = MaintenanceClient::new(rig.node.channel());
+    let defragmented =
+        tokio::spawn(async move { maintenance.defragment(DefragmentRequest {}).await });
+    let checkpoints = || {
+        let member = rig.disk.path().join("data/member");
+        let names = fs::read_dir(member).unwrap().flatten().map(|entry| entry.file_name());
+        names.filter(|name| name.to_string_lossy().starts_with("ckpt-")).count()
+    };
+    while checkpoints() < 2 && !defragmented.is_finished() {
+        tokio::time::sleep(POLL).await;
+    }
+    let other = rig.fill(0);
+    match tokio::time::timeout(PATIENCE, defragmented).await.expect("an answer").unwrap() {
+        Ok(_) => println!("done before the disk was full"),
+        Err(status) => {
+            assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+            assert_eq!(status.message(), NO_SPACE);
+        }
+    }
+    assert!(rig.wait_until_refused().await, "{}", rig.node.log_tail());
+    rig.check_what_is_still_served().await;
+    fs::remove_file(other).unwrap();
+    rig.wait_until_accepted().await;
+    let mut maintenance = MaintenanceClient::new(rig.node.channel());
+    maintenance.defragment(DefragmentRequest {}).await.expect("defragments");
     rig.load_for(Duration::from_millis(300), Mix::Everything).await;
     rig.verify().await;
     rig.node.kill();

@@ -21,6 +21,7 @@ mod common;
 
 mod gateway;
 mod generate;
+mod hashes;
 mod large;
 mod lockstep;
 mod watches;

@@ -61,6 +61,11 @@ impl Receiver for Fake {
         }))
     }
 
+    async fn pull_image(&self, _from: u64, at_least: u64) -> Result<ImageChunks, Status> {
+        let chunk = SnapshotChunk { part: Some(snapshot_chunk::Part::End(at_least)) };
+        Ok(Box::pin(tokio_stream::once(Ok(chunk))))
+    }
+
     async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {
         assert_eq!(request.term, 7);
         match self.answer.lock().clone() {

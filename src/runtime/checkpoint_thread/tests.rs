@@ -250,3 +250,40 @@ fn a_crash_after_a_rewrite_brings_no_key_back() {
     let restored = records::recover(&mut disk.open()).expect("a checkpoint");
     assert_eq!(restored.store.keys_total(), 1, "k was deleted");
 }
+
+/// A checkpoint that was written anew cannot give up single records. That a key was deleted
+/// must not be forgotten before the key is.
+#[test]
+fn what_is_deleted_after_a_rewrite_stays_deleted() {
+    let storage = Some(Box::new(MemoryStorage::new()) as Box<dyn Storage>);
+    let mut bench = Bench::new(storage, Box::new(MemoryGenerations));
+    bench.apply(1, put("k", 0));
+    bench.apply(2, put("other", 0));
+    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    bench.work();
+    let delete = DeleteRangeRequest { key: "k".into(), ..DeleteRangeRequest::default() };
+    bench.apply(3, put("other", 0));
+    bench.apply(4, Request::DeleteRange(delete));
+    bench.apply(5, put("other", 0));
+    let revision = bench.thread.state.read().store().revision();
+    let request = CompactionRequest { revision, physical: false };
+    bench.apply(6, Request::Compaction(request));
+    while !bench.thread.state.write().compact_step(i64::MAX, 10) {}
+    for index in 7..9 {
+        bench.apply(index, put("other", 0));
+        bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Dirty));
+        bench.work();
+    }
+    assert!(!bench.thread.removed.is_any_left());
+    let storage = bench.thread.storage.as_deref_mut().expect("a store");
+    let mut restored = StateMachine::restore(records::recover(storage).expect("a checkpoint"));
+    assert_eq!(restored.store().keys_total(), 1, "k was deleted");
+    while !restored.compact_step(i64::MAX, 10) {}
+    assert_eq!(restored.hash(), bench.thread.state.read().hash());
+    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    bench.work();
+    let storage = bench.thread.storage.as_deref_mut().expect("a store");
+    let restored = records::recover(storage).expect("a checkpoint").store;
+    let state = bench.thread.state.read();
+    assert_eq!(restored.size_bytes(), state.store().size_bytes(), "nothing else is left");
+}

@@ -40,7 +40,7 @@ fn rig() -> Rig {
     }
     let published = Arc::new(Published::new(2, 3));
     published.role.send_replace(LEADER);
-    published.set_confirmed(Instant::now().into_std());
+    published.set_confirmed(published.boot_clock().now());
     let (sender, mailbox) = mpsc::channel();
     let proposer = Arc::new(Proposer::new(
         sender,

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use crate::raft::Node;
+use crate::runtime::boot_clock::BootClock;
 
 /// A round of ReadIndex that got no answer is asked again after this. etcd waits 500 ms; a
 /// new leader drops what it is asked before it has committed, and reads need not wait for
@@ -28,6 +29,8 @@ struct Round {
     context: [u8; 24],
     waiting: Vec<oneshot::Sender<u64>>,
     since: Instant,
+    /// The same, by the clock that goes on while the machine is suspended.
+    since_boot: Duration,
 }
 
 /// Reads that wait for an index, and from when on none need wait.
@@ -62,7 +65,7 @@ impl Reads {
 
     /// Starts a round for all who wait, when none is under way. Whether one took too long and
     /// was given up for that.
-    pub(super) fn ask(&mut self, node: &mut Node, now: Instant) -> bool {
+    pub(super) fn ask(&mut self, node: &mut Node, now: Instant, boot_clock: &BootClock) -> bool {
         let is_late = |round: &Round| now - round.since >= self.patience;
         let gave_up = self.round.as_ref().is_some_and(is_late);
         if gave_up {
@@ -78,9 +81,10 @@ impl Reads {
         }
         self.rounds += 1;
         let context = context(self.member, self.boot, self.rounds);
+        let since_boot = boot_clock.now();
         if node.read_index(context) {
             let waiting = std::mem::take(&mut self.queue);
-            self.round = Some(Round { context, waiting, since: now });
+            self.round = Some(Round { context, waiting, since: now, since_boot });
         }
         gave_up
     }
@@ -96,20 +100,20 @@ impl Reads {
         }
     }
 
-    /// A round has its answer; returns when it was asked for.
+    /// A round has its answer; returns when it was asked for, by the [`BootClock`].
     pub(super) fn confirm(
         &mut self,
         context: [u8; 24],
         index: u64,
         now: Instant,
-    ) -> Option<Instant> {
+    ) -> Option<Duration> {
         let round = self.round.take_if(|round| round.context == context)?;
         let took = now.saturating_duration_since(round.since);
         self.patience = (2 * took).clamp(READ_INDEX_RETRY, self.patience_max);
         for reply in round.waiting {
             let _ = reply.send(index);
         }
-        Some(round.since)
+        Some(round.since_boot)
     }
 }
 

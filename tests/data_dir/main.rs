@@ -1,0 +1,18 @@
+//! What a server makes of a data directory that is not as it left it: damaged, of another version,
+//! or partly gone.
+//!
+//! * [`heal`]: a member of a cluster whose checkpoint is damaged fetches the state from a peer.
+//! * [`mutated`]: 200 seeds of damage to a single member's directory; each is refused by name, or
+//!   nothing is lost. `KVORUM_MUTATION_SEEDS=7..8` shows one again.
+//! * [`formats`]: directories of released versions, kept here, are opened.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
+#![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod formats;
+mod heal;
+mod mutated;
+mod rig;
