@@ -7,6 +7,9 @@
 //! * Mutated files and directories are refused with their name and the reason, and leave nothing
 //!   behind. `KVORUM_RESTORE_SEED=7` repeats a run.
 //!
+//! Connections are served by a thread of their own, while the tests wait for processes: an etcd or
+//! kvorum that is asked to stop waits some seconds for clients that do not hear of it.
+//!
 //! What kills leave of saves, restores and imports is looked at in `tests/crash/snapshot.rs`.
 
 #![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
@@ -242,7 +245,7 @@ impl Stage {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_etcd_saved_is_served_with_every_revision_and_lease() {
     let Some(mut stage) = Stage::new("restore") else { return };
     let mut etcd = stage.etcd("etcd", &[]);
@@ -300,7 +303,7 @@ async fn what_etcd_saved_is_served_with_every_revision_and_lease() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn three_members_are_restored_from_one_file() {
     let Some(mut stage) = Stage::new("three members") else { return };
     let (hash, ..) = stage.saved("saved").await;
@@ -335,7 +338,7 @@ async fn three_members_are_restored_from_one_file() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn revisions_are_bumped_and_marked_compacted_as_by_etcdutl() {
     let Some(mut stage) = Stage::new("bump") else { return };
     let (_, last, _) = stage.saved("saved").await;
@@ -368,7 +371,7 @@ async fn revisions_are_bumped_and_marked_compacted_as_by_etcdutl() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_stopped_etcds_directory_is_imported_with_one_flag() {
     let Some(mut stage) = Stage::new("import") else { return };
     let mut etcd = stage.etcd("data", &[]);
@@ -407,7 +410,7 @@ async fn a_stopped_etcds_directory_is_imported_with_one_flag() {
     assert_eq!(stage.etcd("data", &[]).hash_kv(0).await, hash);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_directory_that_etcdutl_restored_is_imported_with_a_log_elsewhere_too() {
     let Some(mut stage) = Stage::new("import of restored") else { return };
     let hash = stage.saved("saved").await;
@@ -435,7 +438,7 @@ async fn a_directory_that_etcdutl_restored_is_imported_with_a_log_elsewhere_too(
     assert!(refused.contains("kvorum snapshot restore"), "{refused}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_killed_etcd_whose_database_lacks_changes_is_refused() {
     let Some(stage) = Stage::new("killed") else { return };
     // Its database is written when it is stopped, and not before.
@@ -454,7 +457,7 @@ async fn a_killed_etcd_whose_database_lacks_changes_is_refused() {
     assert_eq!(stage.kvorum("data", &["--import-etcd-data"]).hash_kv(0).await, hash);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn authentication_is_not_switched_off_by_accident() {
     let Some(stage) = Stage::new("auth") else { return };
     let mut etcd = stage.etcd("data", &[]);
@@ -484,7 +487,7 @@ async fn authentication_is_not_switched_off_by_accident() {
     assert!(refused.contains("authentication is enabled"), "{refused}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_cannot_be_restored_is_refused_as_by_etcdutl() {
     let Some(mut stage) = Stage::new("refusals") else { return };
     stage.saved("saved").await;
@@ -503,7 +506,13 @@ async fn what_cannot_be_restored_is_refused_as_by_etcdutl() {
         &["restore", "saved", "--data-dir", "new", "--name", "other"],
         &["restore", "saved", "--data-dir", "new", "--bump-revision", "5"],
         &["restore", "saved", "--data-dir", "new", "--mark-compacted"],
-        &["restore", "saved", "--data-dir", "new", "--initial-advertise-peer-urls=http://a:1"],
+        &[
+            "restore",
+            "saved",
+            "--data-dir",
+            "new",
+            "--initial-advertise-peer-urls=http://127.0.0.1:1",
+        ],
         &["restore", "etcd-saved/member/snap/db", "--data-dir", "new"],
     ] {
         let arguments = [&["snapshot"], arguments].concat();
@@ -622,7 +631,7 @@ fn mutate(bytes: &mut Vec<u8>, number: u64, rng: &mut Rng) -> String {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn mutated_files_are_refused_or_can_be_served() {
     let Some(mut stage) = Stage::new("mutated files") else { return };
     stage.saved("saved").await;
@@ -667,7 +676,7 @@ async fn mutated_files_are_refused_or_can_be_served() {
     assert!(refused > MUTATIONS / 2, "only {refused} of {MUTATIONS} were refused");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn mutated_directories_are_refused_and_stay_as_they_were() {
     let Some(mut stage) = Stage::new("mutated directories") else { return };
     stage.saved("saved").await;
