@@ -2,6 +2,9 @@
 //! restore them, and etcd 3.5, 3.6 and 3.7 serve every key at every revision that was not
 //! compacted, the leases, and the same hash.
 //!
+//! And a state that goes from etcd to kvorum and back, or the other way round, is the same at each
+//! end. `KVORUM_ROUND_TRIP_KEYS=1000000` adds as many keys of 1 KiB to it.
+//!
 //! The seed is printed; `KVORUM_SNAPSHOT_SEED=7` gives the same again.
 
 #![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
@@ -44,6 +47,11 @@ struct Shown {
 }
 
 async fn shown(channel: Channel, from_revision: i64) -> Shown {
+    shown_up_to(channel, from_revision, 0).await
+}
+
+/// Up to a revision, or to the newest one if it is 0.
+async fn shown_up_to(channel: Channel, from_revision: i64, last: i64) -> Shown {
     let mut kv = KvClient::new(channel.clone()).max_decoding_message_size(usize::MAX);
     let mut maintenance = MaintenanceClient::new(channel.clone());
     let mut lease = LeaseClient::new(channel);
@@ -53,8 +61,9 @@ async fn shown(channel: Channel, from_revision: i64) -> Shown {
         revision,
         ..Default::default()
     };
-    let now = kv.range(everything(0)).await.unwrap().into_inner();
-    let revision = now.header.unwrap().revision;
+    let now = RangeRequest { count_only: true, ..everything(0) };
+    let newest = kv.range(now).await.unwrap().into_inner().header.unwrap().revision;
+    let revision = if last == 0 { newest } else { last };
     let (mut keys, mut hashes) = (BTreeMap::new(), BTreeMap::new());
     for at in from_revision..=revision {
         keys.insert(at, kv.range(everything(at)).await.unwrap().into_inner().kvs);
@@ -164,11 +173,16 @@ fn seed() -> u64 {
 
 /// An etcd that was restored from a file by its etcdutl.
 fn restored(judges: &Judges, file: &Path) -> TestServer {
-    TestServer::start_prepared(&judges.etcd, &[], |server| {
+    restored_by(&judges.etcdutl, &judges.etcd, file)
+}
+
+/// A server that was restored from a file, each by its own program.
+fn restored_by(restorer: &Path, program: &Path, file: &Path) -> TestServer {
+    TestServer::start_prepared(program, &[], |server| {
         let (data_dir, peer) = (server.data_dir(), server.peer_url());
         let cluster = format!("default={peer}");
         succeeds(
-            &judges.etcdutl,
+            restorer,
             &[
                 "snapshot",
                 "restore",
@@ -322,5 +336,133 @@ fn saving_fails_as_etcdctl_does() {
             assert_eq!(ours.lines().next(), Some(error), "{arguments:?}");
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0, "{arguments:?}");
+    }
+}
+
+/// Keys of 1 KiB that are put in transactions of so many.
+const PUTS_PER_TXN: usize = 100;
+/// Transactions under way at once.
+const TXNS_AT_ONCE: usize = 32;
+
+/// How many keys are added to what `traffic` makes.
+fn keys_added() -> usize {
+    let given = std::env::var("KVORUM_ROUND_TRIP_KEYS").ok();
+    given.map_or(2000, |keys| keys.parse().expect("KVORUM_ROUND_TRIP_KEYS is a number"))
+}
+
+async fn add_keys(channel: Channel, count: usize) {
+    let mut under_way = tokio::task::JoinSet::new();
+    for first in (0..count).step_by(PUTS_PER_TXN) {
+        let mut kv = KvClient::new(channel.clone());
+        let puts = (first..count.min(first + PUTS_PER_TXN)).map(|number| {
+            let (key, value) =
+                (format!("many/{number:08}").into(), vec![number as u8; 1024].into());
+            let put = PutRequest { key, value, ..Default::default() };
+            RequestOp { request: Some(Request::RequestPut(put)) }
+        });
+        let request = TxnRequest { success: puts.collect(), ..Default::default() };
+        if under_way.len() == TXNS_AT_ONCE {
+            under_way.join_next().await.unwrap().unwrap();
+        }
+        under_way.spawn(async move { kv.txn(request).await.unwrap() });
+    }
+    under_way.join_all().await;
+}
+
+/// What is compared of all keys.
+#[derive(Debug, PartialEq)]
+struct End {
+    revision: i64,
+    keys: i64,
+    hash: u32,
+    compact_revision: i64,
+}
+
+async fn end(channel: Channel) -> End {
+    let all = RangeRequest {
+        key: "\0".into(),
+        range_end: "\0".into(),
+        count_only: true,
+        ..Default::default()
+    };
+    let found = KvClient::new(channel.clone()).range(all).await.unwrap().into_inner();
+    let hash = MaintenanceClient::new(channel).hash_kv(HashKvRequest { revision: 0 }).await;
+    let hash = hash.unwrap().into_inner();
+    End {
+        revision: found.header.unwrap().revision,
+        keys: found.count,
+        hash: hash.hash,
+        compact_revision: hash.compact_revision,
+    }
+}
+
+/// What an etcd knows of users and roles.
+fn users_and_roles(judges: &Judges, etcd: &TestServer) -> Vec<String> {
+    let url = etcd.client_url();
+    let ask =
+        |question: &[&str]| succeeds(&judges.etcdctl, &[&["--endpoints", &url], question].concat());
+    vec![ask(&["user", "get", "alice"]), ask(&["role", "get", "readers"]), ask(&["user", "list"])]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_round_trip_changes_nothing() {
+    let test = "a_round_trip_changes_nothing";
+    let Some(all) = judge::find_minors(test, &["v3.5", "v3.6"]) else { return };
+    let mut rng = Rng::new(seed());
+    let (kvorum, keys) = (server::kvorum(), keys_added());
+    let quota = ["--quota-backend-bytes", "8589934592"];
+    for (minor, judges) in &all {
+        let directory = tempfile::tempdir().unwrap();
+        let file = |name: &str| directory.path().join(name);
+        let save = |program: &Path, from: &TestServer, to: &Path| {
+            let (url, to) = (from.client_url(), to.to_str().unwrap());
+            succeeds(program, &["snapshot", "save", to, "--endpoints", &url]);
+        };
+
+        eprintln!("{minor}: etcd, kvorum, etcd");
+        let first = TestServer::start(&judges.etcd, &quota);
+        let compacted = traffic(first.channel(), &mut rng, 200).await;
+        let url = first.client_url();
+        for asked in [
+            &["user", "add", "alice:secret"][..],
+            &["role", "add", "readers"],
+            &["role", "grant-permission", "readers", "--prefix=true", "read", "key/"],
+            &["user", "grant-role", "alice", "readers"],
+        ] {
+            succeeds(&judges.etcdctl, &[&["--endpoints", &url], asked].concat());
+        }
+        let users = users_and_roles(judges, &first);
+        let detail = shown(first.channel(), compacted).await;
+        add_keys(first.channel(), keys).await;
+        let due = end(first.channel()).await;
+        save(&judges.etcdctl, &first, &file("1.db"));
+        drop(first);
+        let second = restored_by(&kvorum, &kvorum, &file("1.db"));
+        assert_eq!(end(second.channel()).await, due, "{minor}: etcd to kvorum");
+        save(&kvorum, &second, &file("2.db"));
+        drop(second);
+        let third = restored(judges, &file("2.db"));
+        assert_eq!(end(third.channel()).await, due, "{minor}: and back");
+        assert_eq!(users_and_roles(judges, &third), users, "{minor}");
+        let found = shown_up_to(third.channel(), compacted, detail.revision).await;
+        assert_equal(minor, &found, &detail);
+        drop(third);
+
+        eprintln!("{minor}: kvorum, etcd, kvorum");
+        let first = TestServer::start(&kvorum, &quota);
+        let compacted = traffic(first.channel(), &mut rng, 200).await;
+        let detail = shown(first.channel(), compacted).await;
+        add_keys(first.channel(), keys).await;
+        let due = end(first.channel()).await;
+        save(&judges.etcdctl, &first, &file("3.db"));
+        drop(first);
+        let second = restored(judges, &file("3.db"));
+        assert_eq!(end(second.channel()).await, due, "{minor}: kvorum to etcd");
+        save(&judges.etcdctl, &second, &file("4.db"));
+        drop(second);
+        let third = restored_by(&kvorum, &kvorum, &file("4.db"));
+        assert_eq!(end(third.channel()).await, due, "{minor}: and back");
+        let found = shown_up_to(third.channel(), compacted, detail.revision).await;
+        assert_equal(minor, &found, &detail);
     }
 }
