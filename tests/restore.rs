@@ -6,6 +6,11 @@
 //! * A stopped etcd's directory is imported, a killed one's refused.
 //! * Mutated files and directories are refused with their name and the reason, and leave nothing
 //!   behind. `KVORUM_RESTORE_SEED=7` repeats a run.
+//!
+//! Connections are served by a thread of their own, while the tests wait for processes: an etcd or
+//! kvorum that is asked to stop waits some seconds for clients that do not hear of it.
+//!
+//! What kills leave of saves, restores and imports is looked at in `tests/crash/snapshot.rs`.
 
 #![allow(clippy::indexing_slicing, clippy::print_stderr, reason = "this is test code")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
@@ -14,8 +19,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
 
 use common::judge::{self, Judges};
 use common::process::{Started, free_port, strings, until};
@@ -40,8 +44,6 @@ use tonic::transport::Channel;
 const CHANGES: usize = 300;
 /// A value that takes many pages, in bytes.
 const LARGE_BYTES: usize = 200_000;
-/// Restores and imports that are killed.
-const KILLS: usize = 20;
 /// Files and directories that are mutated.
 const MUTATIONS: u64 = 200;
 
@@ -243,7 +245,7 @@ impl Stage {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_etcd_saved_is_served_with_every_revision_and_lease() {
     let Some(mut stage) = Stage::new("restore") else { return };
     let mut etcd = stage.etcd("etcd", &[]);
@@ -301,7 +303,7 @@ async fn what_etcd_saved_is_served_with_every_revision_and_lease() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn three_members_are_restored_from_one_file() {
     let Some(mut stage) = Stage::new("three members") else { return };
     let (hash, ..) = stage.saved("saved").await;
@@ -336,7 +338,7 @@ async fn three_members_are_restored_from_one_file() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn revisions_are_bumped_and_marked_compacted_as_by_etcdutl() {
     let Some(mut stage) = Stage::new("bump") else { return };
     let (_, last, _) = stage.saved("saved").await;
@@ -369,7 +371,7 @@ async fn revisions_are_bumped_and_marked_compacted_as_by_etcdutl() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_stopped_etcds_directory_is_imported_with_one_flag() {
     let Some(mut stage) = Stage::new("import") else { return };
     let mut etcd = stage.etcd("data", &[]);
@@ -408,7 +410,7 @@ async fn a_stopped_etcds_directory_is_imported_with_one_flag() {
     assert_eq!(stage.etcd("data", &[]).hash_kv(0).await, hash);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_directory_that_etcdutl_restored_is_imported_with_a_log_elsewhere_too() {
     let Some(mut stage) = Stage::new("import of restored") else { return };
     let hash = stage.saved("saved").await;
@@ -436,7 +438,7 @@ async fn a_directory_that_etcdutl_restored_is_imported_with_a_log_elsewhere_too(
     assert!(refused.contains("kvorum snapshot restore"), "{refused}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_killed_etcd_whose_database_lacks_changes_is_refused() {
     let Some(stage) = Stage::new("killed") else { return };
     // Its database is written when it is stopped, and not before.
@@ -455,7 +457,7 @@ async fn a_killed_etcd_whose_database_lacks_changes_is_refused() {
     assert_eq!(stage.kvorum("data", &["--import-etcd-data"]).hash_kv(0).await, hash);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn authentication_is_not_switched_off_by_accident() {
     let Some(stage) = Stage::new("auth") else { return };
     let mut etcd = stage.etcd("data", &[]);
@@ -485,7 +487,7 @@ async fn authentication_is_not_switched_off_by_accident() {
     assert!(refused.contains("authentication is enabled"), "{refused}");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn what_cannot_be_restored_is_refused_as_by_etcdutl() {
     let Some(mut stage) = Stage::new("refusals") else { return };
     stage.saved("saved").await;
@@ -504,7 +506,13 @@ async fn what_cannot_be_restored_is_refused_as_by_etcdutl() {
         &["restore", "saved", "--data-dir", "new", "--name", "other"],
         &["restore", "saved", "--data-dir", "new", "--bump-revision", "5"],
         &["restore", "saved", "--data-dir", "new", "--mark-compacted"],
-        &["restore", "saved", "--data-dir", "new", "--initial-advertise-peer-urls=http://a:1"],
+        &[
+            "restore",
+            "saved",
+            "--data-dir",
+            "new",
+            "--initial-advertise-peer-urls=http://127.0.0.1:1",
+        ],
         &["restore", "etcd-saved/member/snap/db", "--data-dir", "new"],
     ] {
         let arguments = [&["snapshot"], arguments].concat();
@@ -532,69 +540,25 @@ async fn what_cannot_be_restored_is_refused_as_by_etcdutl() {
     // One that was killed just before the end is completed.
     fs::rename(stage.path("killed/member"), stage.path("killed/member.new")).unwrap();
     drop(stage.kvorum("killed", &[]));
-}
-
-/// Starts a program and kills it after a random part of `took`.
-fn kill_within(mut program: Command, took: Duration, rng: &mut Rng) {
-    let mut child = program.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    std::thread::sleep(took.mul_f64(rng.below(1000) as f64 / 1000.0));
-    child.kill().unwrap();
-    child.wait().unwrap();
-}
-
-#[tokio::test]
-async fn a_killed_restore_is_no_member_and_a_killed_import_goes_on() {
-    let Some(mut stage) = Stage::new("kills") else { return };
-    let hash = stage.saved("saved").await.0;
-    let (data_dir, file) = (stage.path("data"), stage.path("saved"));
-    let mut command = vec!["snapshot", "restore", "saved", "--data-dir", "data"];
-    let state_hash = |bootstrap: &Bootstrap| {
-        let state = recover::open(&disk(&data_dir), bootstrap).unwrap().state;
-        state.store().hash_kv(state.store().revision())
+    // One whose log is elsewhere may have begun it, which nobody else's is taken for.
+    let apart = ["saved", "--data-dir", "apart", "--wal-dir", "apart-wal"];
+    stage.restore(&apart);
+    let cut_short = || {
+        fs::rename(stage.path("apart/member"), stage.path("apart/member.new")).unwrap();
+        fs::remove_file(stage.path("apart/member.new/CURRENT")).unwrap();
     };
-    let program = |stage: &Stage, arguments: &[&str]| {
-        let mut program = Command::new(server::kvorum());
-        program.args(arguments).current_dir(stage.directory.path());
-        program
-    };
-    let began = Instant::now();
-    assert!(program(&stage, &command).output().unwrap().status.success());
-    let took = began.elapsed();
-    assert_eq!(state_hash(&Bootstrap::default()), hash);
-    fs::remove_dir_all(&data_dir).unwrap();
-    for _ in 0..KILLS {
-        let restore_it = program(&stage, &command);
-        kill_within(restore_it, took, &mut stage.rng);
-        let is_there = |name: &str| data_dir.join(name).exists();
-        if is_there("member") || is_there("member.new/CURRENT") {
-            assert_eq!(state_hash(&Bootstrap::default()), hash);
-        } else if is_there("member.new") {
-            let error = recover::open(&disk(&data_dir), &Bootstrap::default()).err().unwrap();
-            assert!(matches!(error, OpenError::RestoreCutShort(_)), "{error}");
-            restore(&as_default(&file, &data_dir, false), &mut |_, _| {}).unwrap();
-            assert_eq!(state_hash(&Bootstrap::default()), hash);
-        }
-        let _ = fs::remove_dir_all(&data_dir);
-    }
-
-    let etcds = ["snapshot", "restore", "saved", "--data-dir", "etcds"];
-    stage.succeeds(&stage.judges.etcdutl, &etcds);
-    let (client, peer) = (free_port(), free_port());
-    let urls = [client, peer].map(|port| format!("http://127.0.0.1:{port}"));
-    command = vec!["--data-dir", "data", "--import-etcd-data", "--listen-client-urls", &urls[0]];
-    command.extend(["--advertise-client-urls", &urls[0], "--listen-peer-urls", &urls[1]]);
-    let import = Bootstrap { import_etcd_data: true, ..Bootstrap::default() };
-    for _ in 0..KILLS {
-        let copied =
-            Command::new("cp").arg("-r").args([stage.path("etcds"), data_dir.clone()]).status();
-        assert!(copied.unwrap().success());
-        let import_it = program(&stage, &command);
-        kill_within(import_it, took * 2, &mut stage.rng);
-        let etcds = [data_dir.join("member/snap/db"), data_dir.join("member.etcd/snap/db")];
-        assert_eq!(etcds.iter().filter(|db| db.exists()).count(), 1);
-        assert_eq!(state_hash(&import), hash);
-        fs::remove_dir_all(&data_dir).unwrap();
-    }
+    cut_short();
+    let refused = stage.refused("apart", &["--wal-dir", "apart-wal"]);
+    assert!(refused.contains("a restore was cut short"), "{refused}");
+    stage.restore(&apart);
+    cut_short();
+    fs::write(stage.path("apart-wal/other"), "").unwrap();
+    let refused = stage.run(&server::kvorum(), &[&["snapshot", "restore"], &apart[..]].concat());
+    let text = String::from_utf8(refused.stderr).unwrap();
+    assert!(text.contains("wal-dir") && text.contains("exists"), "{text}");
+    fs::remove_file(stage.path("apart-wal/other")).unwrap();
+    stage.restore(&apart);
+    drop(stage.kvorum("apart", &["--wal-dir", "apart-wal"]));
 }
 
 fn disk(data_dir: &Path) -> Place {
@@ -667,7 +631,7 @@ fn mutate(bytes: &mut Vec<u8>, number: u64, rng: &mut Rng) -> String {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn mutated_files_are_refused_or_can_be_served() {
     let Some(mut stage) = Stage::new("mutated files") else { return };
     stage.saved("saved").await;
@@ -712,7 +676,7 @@ async fn mutated_files_are_refused_or_can_be_served() {
     assert!(refused > MUTATIONS / 2, "only {refused} of {MUTATIONS} were refused");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn mutated_directories_are_refused_and_stay_as_they_were() {
     let Some(mut stage) = Stage::new("mutated directories") else { return };
     stage.saved("saved").await;

@@ -19,6 +19,8 @@ use crate::file_lock::FileLock;
 
 /// Sequences and numbers of spares in names stay below.
 const NUMBER_MAX: u64 = 1 << 60;
+/// Held while a process has the log open.
+const LOCK: &str = "LOCK";
 
 /// Points a crash can fall between; tests look at the directory at each.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +70,7 @@ impl Directory {
     /// Makes the directory if need be, and locks it.
     pub(super) fn open(path: &Path, fsync: bool) -> Result<Directory, LogError> {
         create_synced(path, fsync)?;
-        let lock_path = path.join("LOCK");
+        let lock_path = path.join(LOCK);
         let lock = FileLock::acquire(&lock_path)
             .map_err(|e| LogError::io("lock", &lock_path, e))?
             .ok_or_else(|| LogError::Locked { dir: path.to_owned() })?;
@@ -179,6 +181,19 @@ pub(super) fn holds_a_log(dir: &Path) -> Result<bool, LogError> {
         }
     }
     Ok(false)
+}
+
+/// Whether everything in `dir` is of a log.
+pub(super) fn holds_a_log_only(dir: &Path) -> Result<bool, LogError> {
+    let failed = |e| LogError::io("list", dir, e);
+    for item in fs::read_dir(dir).map_err(failed)? {
+        let path = item.map_err(failed)?.path();
+        let is_lock = path.file_name().is_some_and(|name| name == LOCK);
+        if !is_lock && matches!(classify(&path), Name::Other) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 enum Name {

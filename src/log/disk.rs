@@ -142,6 +142,14 @@ impl Log {
         dir::holds_a_log(dir)
     }
 
+    /// Whether everything in the directory `dir` is of a log.
+    ///
+    /// # Errors
+    /// [`LogError::Io`]: the directory is not there, or cannot be read.
+    pub fn is_all_of(dir: &Path) -> Result<bool, LogError> {
+        dir::holds_a_log_only(dir)
+    }
+
     fn check(&self) -> Result<(), LogError> {
         self.poison.clone().map_or(Ok(()), Err)
     }

@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 
 use super::stage::{NewMember, Source, StageError, Staged, is_left};
-use crate::log::{BOOTSTRAP, HardState, Identity, Mark};
+use crate::log::{BOOTSTRAP, HardState, Identity, Log, Mark};
 use crate::mvcc::Revision;
 use crate::state::members::{Members, member_id};
 
@@ -123,18 +123,24 @@ fn bumped(last: Revision, by: u64) -> Result<Option<Revision>, StageError> {
     Ok(Some(Revision { main: main.ok_or(StageError::Bump(by))?, sub: 0 }))
 }
 
-/// Nobody's data may be in the way, but for what an earlier attempt has left.
+/// Nobody's data may be in the way, but for what an earlier attempt has left. That may have begun
+/// its log elsewhere; whether the log there is this member's, and empty, is looked at when it is
+/// opened.
 fn check_directories(restore: &Restore) -> Result<(), RestoreError> {
     let in_the_way = || RestoreError::DataDir(restore.data_dir.clone());
+    let mut is_again = false;
     if restore.data_dir.try_exists().map_err(|_| in_the_way())? {
-        let expected = usize::from(is_left(&restore.data_dir).map_err(|_| in_the_way())?);
+        is_again = is_left(&restore.data_dir).map_err(|_| in_the_way())?;
         let entries = std::fs::read_dir(&restore.data_dir).map_err(|_| in_the_way())?;
-        if entries.count() != expected {
+        if entries.count() != usize::from(is_again) {
             return Err(in_the_way());
         }
     }
     match restore.wal_dir.as_deref() {
-        Some(wal_dir) if wal_dir.exists() => Err(RestoreError::WalDir(wal_dir.to_owned())),
+        Some(wal_dir) if wal_dir.exists() => {
+            let is_its = is_again && Log::is_all_of(wal_dir).is_ok_and(|is_its| is_its);
+            is_its.then_some(()).ok_or_else(|| RestoreError::WalDir(wal_dir.to_owned()))
+        }
         _ => Ok(()),
     }
 }

@@ -5,6 +5,7 @@
 //! cargo test --test crash                                       a few rounds of each
 //! KVORUM_CRASH_ROUNDS=200 cargo test --test crash killed        the campaign of kill -9
 //! KVORUM_CRASH_ROUNDS_SPACE=100 cargo test --test crash space   that of compaction, checkpoint, defragmentation
+//! KVORUM_CRASH_ROUNDS_SNAPSHOT=100 cargo test --test crash snapshot   that of save, restore and import
 //! KVORUM_CRASH_ROUNDS_POWER=50 cargo test --test crash power    the campaign of power cuts
 //! KVORUM_CRASH_SEED=… cargo test --test crash killed            the same decisions again
 //! ```
@@ -12,6 +13,7 @@
 //! * [`killed`]: SIGKILL under load, during start-up, in the middle of checkpoints.
 //! * [`orderly`]: SIGTERM under load, and how long a start takes.
 //! * [`space`]: SIGKILL in the middle of compactions, checkpoints and defragmentations.
+//! * [`snapshot`]: SIGKILL in the middle of saves, restores and imports.
 //! * [`power_cut`]: what the block device holds at some moment is all that is left.
 //! * [`damage`]: files torn, flipped, swapped and missing.
 //! * [`full_disk`]: no space left, slowly or at once.
@@ -37,6 +39,7 @@ mod load;
 mod node;
 mod orderly;
 mod power_cut;
+mod snapshot;
 mod space;
 mod watcher;
 
