@@ -130,7 +130,7 @@ pub(crate) struct Parts {
     pub(crate) published: Arc<Published>,
     pub(crate) leases: Arc<LeaseClock>,
     pub(crate) pins: Arc<Pins>,
-    /// [`SAVES_MAX`] slots.
+    /// `SAVES_MAX` slots.
     pub(crate) saves: Arc<Semaphore>,
     pub(crate) peers: Peers,
     pub(crate) hub: HubHandle,
@@ -630,7 +630,7 @@ impl Engine {
     /// returned ends it, and so does the end of the server.
     ///
     /// # Errors
-    /// [`Error::TooManyRequests`] while [`SAVES_MAX`] others are under way; [`Error::Stopped`].
+    /// [`Error::TooManyRequests`] while `SAVES_MAX` others are under way; [`Error::Stopped`].
     pub fn snapshot(&self) -> Result<Snapshot, Error> {
         self.serializable_check()?;
         let slot = Arc::clone(&self.parts.saves).try_acquire_owned();

@@ -227,6 +227,9 @@ impl Contents {
     }
 }
 
+/// No number of a revision is larger: what follows it has to have one, too.
+const REVISION_MAX: i64 = i64::MAX / 2;
+
 /// The revision that is a record's key, and whether it is that of a deletion.
 pub fn record_key(key: &[u8]) -> Option<(Revision, bool)> {
     let (main, rest) = key.split_first_chunk::<8>()?;
@@ -238,7 +241,10 @@ pub fn record_key(key: &[u8]) -> Option<(Revision, bool)> {
         _ => return None,
     };
     let revision = Revision { main: i64::from_be_bytes(*main), sub: i64::from_be_bytes(*sub) };
-    let is_one = *separator == SEPARATOR && revision.main >= 0 && revision.sub >= 0;
+    let numbers = 0..=REVISION_MAX;
+    let is_one = *separator == SEPARATOR
+        && numbers.contains(&revision.main)
+        && numbers.contains(&revision.sub);
     is_one.then_some((revision, tombstone))
 }
 

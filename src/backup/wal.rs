@@ -22,6 +22,8 @@ use prost::Message as _;
 
 /// What a file's name ends with.
 const SUFFIX: &str = ".wal";
+/// What etcd sets aside for a file of its log, which then has no smaller size.
+const SET_ASIDE_BYTES: u64 = 64_000_000;
 /// The longest record there can be, in bytes. etcd itself writes none longer than a request.
 const RECORD_BYTES_MAX: u64 = 1 << 30;
 /// A disk writes so many bytes at once or not at all.
@@ -202,7 +204,9 @@ impl Reading {
             let padding_bytes = if field < 0 { field.cast_unsigned() >> 56 & 7 } else { 0 };
             let frame_bytes = record_bytes + padding_bytes;
             if record_bytes > RECORD_BYTES_MAX || frame_bytes > len - offset - 8 {
-                if is_newest {
+                // The end of a file that was cut off. In one that etcd has set aside as a whole
+                // not even a write that was cut short looks like this.
+                if is_newest && len < SET_ASIDE_BYTES {
                     return Ok(());
                 }
                 return Err(damaged("a record is longer than the file"));
@@ -269,7 +273,8 @@ impl Reading {
 
     /// An entry replaces those that were at its index and later.
     fn entry(&mut self, entry: &RaftEntry) {
-        self.wal.unapplied.retain(|index| *index < entry.index);
+        let unapplied = &mut self.wal.unapplied;
+        while unapplied.pop_if(|index| *index >= entry.index).is_some() {}
         self.wal.last_index = entry.index;
         self.wal.term = self.wal.term.max(entry.term);
         if entry.index > self.applied && changes_data(entry) {

@@ -8,12 +8,12 @@
 //!
 //! Rows come in the order of their keys, by descending from the root; of a tree there are in
 //! memory the pages from the root to the present leaf, and what was read ahead
-//! ([`READ_AHEAD_BYTES`]). Pages are read with `pread`, not mapped: a file that somebody cuts
+//! (`READ_AHEAD_BYTES`). Pages are read with `pread`, not mapped: a file that somebody cuts
 //! short meanwhile is an error and not a signal, and no `unsafe` is needed.
 //!
 //! What bounds the work on a damaged file: a page is entered once in a scan (a bit for each page
-//! that the file is long enough for), a tree is at most [`DEPTH_MAX`] pages deep, and a run of
-//! pages is at most [`RUN_BYTES_MAX`] long.
+//! that the file is long enough for), a tree is at most `DEPTH_MAX` pages deep, and a run of
+//! pages is at most `RUN_BYTES_MAX` long.
 //!
 //! [`Scan::end`] says whether all pages were met: in trees, or on the freelist, if there is one
 //! (etcd writes none). What is beyond the high water, or behind the file's last page, is not

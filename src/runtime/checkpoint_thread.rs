@@ -250,6 +250,9 @@ pub struct CheckpointThread {
     pub apply: Sender<ApplyTask>,
     /// The applied index of the checkpoint as it is on disk.
     pub durable_index: u64,
+    /// What the checkpoint took beside its records (for leases, say) when it was last written
+    /// anew, in bytes; 0 before that.
+    pub overhead_bytes: u64,
     /// The revision that goes with it.
     pub durable_revision: i64,
     /// Told the checkpoint's size.
@@ -517,7 +520,7 @@ impl CheckpointThread {
         let Some(storage) = &self.storage else { return Ok(()) };
         let on_disk_bytes = storage.size_on_disk()?;
         let records_bytes = self.state.read().store().size_bytes();
-        if space::is_rewrite_due(on_disk_bytes, records_bytes) {
+        if space::is_rewrite_due(on_disk_bytes, records_bytes, self.overhead_bytes) {
             tracing::debug!(on_disk_bytes, records_bytes, "the checkpoint takes too much space");
             // If there is no space for it, there may be after the next cut.
             let _ = self.rewrite_where_there_is_space()?;
@@ -529,9 +532,15 @@ impl CheckpointThread {
         let mut next = self.generations.begin()?;
         let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
         let mut pace = Pace::begin();
-        records::fill(next.as_mut(), &image, |bytes| pace.note(bytes))?;
+        let (shortage, published) = (&self.shortage, &self.published);
+        // Nobody who waits for this thread waits for its rests.
+        let is_awaited = || shortage.is_behind() || *published.stopped.borrow();
+        records::fill(next.as_mut(), &image, |bytes| pace.note(bytes, is_awaited))?;
         self.generations.switch()?;
-        self.published.set_checkpoint_bytes(next.size_on_disk()?);
+        let on_disk_bytes = next.size_on_disk()?;
+        self.published.set_checkpoint_bytes(on_disk_bytes);
+        let records_bytes = image.dirty.records.iter().map(|(.., kv)| kv.len() as u64).sum();
+        self.overhead_bytes = on_disk_bytes.saturating_sub(space::rewritten_bytes(records_bytes));
         self.durable_index = image.head.applied_index;
         self.durable_revision = image.head.revision;
         tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");
@@ -575,10 +584,12 @@ impl Pace {
         Pace { bytes: 0, since: std::time::Instant::now() }
     }
 
-    fn note(&mut self, bytes: usize) {
+    fn note(&mut self, bytes: usize, is_awaited: impl Fn() -> bool) {
         self.bytes += bytes;
         if self.bytes >= PACE_BYTES {
-            std::thread::sleep(self.since.elapsed().min(REST_MAX));
+            if !is_awaited() {
+                std::thread::sleep(self.since.elapsed().min(REST_MAX));
+            }
             *self = Pace::begin();
         }
     }

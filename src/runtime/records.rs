@@ -97,8 +97,11 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), Stor
         storage.write(batch)?;
     }
     let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
-    let mut records =
-        records.map(|(revision, tombstone, kv)| (key(*revision), value(*tombstone, kv)));
+    // An attempt that failed may have been written all the same.
+    let frozen_to = storage.frozen_to();
+    let mut records = records
+        .map(|(revision, tombstone, kv)| (key(*revision), value(*tombstone, kv)))
+        .filter(|(key, _)| frozen_to.as_ref().is_none_or(|frozen_to| key > frozen_to));
     storage.freeze(&mut records)?;
     write_rest(storage, cut, false)
 }

@@ -152,17 +152,24 @@ pub enum OpenError {
     /// The directory holds an etcd's data, and a checkpoint.
     #[error(
         "{} holds data of kvorum, and a member/snap/db, which is an etcd's: both programs were \
-         started on it. Move member/snap/db, with member/wal/*.wal, away, or set --data-dir to \
-         another directory", .0.display()
+         started on it, and etcd deletes kvorum's log when it begins. If member/wal still has kvorum's \
+         *.log, move member/snap/db and member/wal/*.wal away; otherwise restore a snapshot, or \
+         set --data-dir to another directory", .0.display()
     )]
     EtcdsDataToo(PathBuf),
+    /// `--import-etcd-data`, and nothing is there.
+    #[error(
+        "{} has no etcd's data (member/snap/db) to import: correct --data-dir, or leave out \
+         --import-etcd-data to begin with nothing", .0.display()
+    )]
+    NothingToImport(PathBuf),
     /// An etcd's data cannot be imported.
     #[error("cannot import: {0}")]
     Import(#[from] ImportError),
     /// Somebody wanted other data served than none.
     #[error(
-        "a restore was cut short and left {}: run `kvorum snapshot restore` again, or remove that \
-         directory", .0.display()
+        "a restore was cut short, or still runs, and made {}: wait for it, run `kvorum snapshot \
+         restore` again, or remove that directory", .0.display()
     )]
     RestoreCutShort(PathBuf),
     /// The member is not part of the cluster it is to found.
@@ -384,6 +391,8 @@ fn adopt(
         import::import(data_dir, wal_dir, fsync)?;
     } else if is_cut_short {
         return Err(OpenError::RestoreCutShort(stage::directory(data_dir)));
+    } else if bootstrap.import_etcd_data && DiskGenerations::is_new(&data_dir.join("member"))? {
+        return Err(OpenError::NothingToImport(data_dir.to_owned()));
     }
     Ok(())
 }

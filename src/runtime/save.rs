@@ -123,6 +123,19 @@ impl Save {
         Save { rest, start, state: Arc::clone(state), pin, held }
     }
 
+    /// Counts what was compacted since the last time, in steps.
+    fn count_held(&mut self) -> Result<(), SaveError> {
+        while self.held.0 <= HELD_BYTES_MAX {
+            let from = self.held.1;
+            let (bytes, next) = self.state.read().store().replaced_bytes(from, KEYS_PER_STEP);
+            if next == from {
+                return Ok(());
+            }
+            self.held = (self.held.0 + bytes, next);
+        }
+        Err(SaveError::TooMuchHeld)
+    }
+
     /// The revision that is saved.
     pub fn revision(&self) -> i64 {
         self.start.revision()
@@ -191,12 +204,8 @@ impl Save {
                     return Err(SaveError::Replaced);
                 }
                 walk.step(state.store(), KEYS_PER_STEP, STEP_BYTES);
-                let (bytes, next) = state.store().replaced_bytes(self.held.1, KEYS_PER_STEP);
-                self.held = (self.held.0 + bytes, next);
             }
-            if self.held.0 > HELD_BYTES_MAX {
-                return Err(SaveError::TooMuchHeld);
-            }
+            self.count_held()?;
             for record in walk.take() {
                 let (key, value) = encode::key_row(record);
                 writer.row(key, value)?;

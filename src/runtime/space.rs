@@ -94,8 +94,11 @@ pub fn has_room_for_image(directory: &Path, image_bytes: u64) -> bool {
 
 /// Whether a checkpoint that takes `on_disk_bytes` is to be written anew, now that the state's
 /// records are so many bytes. For each byte that this gives back, two are written at the most.
-pub fn is_rewrite_due(on_disk_bytes: u64, records_bytes: u64) -> bool {
-    on_disk_bytes > REWRITE_FLOOR_BYTES.max(records_bytes / 100 * REWRITE_PERCENT)
+/// `overhead_bytes` is what it took beside its records right after it was written anew last, and
+/// would take again.
+pub fn is_rewrite_due(on_disk_bytes: u64, records_bytes: u64, overhead_bytes: u64) -> bool {
+    let least_bytes = records_bytes.saturating_add(overhead_bytes);
+    on_disk_bytes > REWRITE_FLOOR_BYTES.max((least_bytes / 100).saturating_mul(REWRITE_PERCENT))
 }
 
 /// What a checkpoint takes that is written as a whole, in bytes, of records of so many.
@@ -156,19 +159,20 @@ mod tests {
 
     #[test]
     fn a_checkpoint_is_written_anew_when_a_third_of_it_is_not_needed() {
-        let due = |on_disk_mib, records_mib| is_rewrite_due(on_disk_mib * MIB, records_mib * MIB);
+        let due =
+            |on_disk_mib, records_mib| is_rewrite_due(on_disk_mib * MIB, records_mib * MIB, 0);
         assert!(!due(64, 0), "a small one is left alone");
         assert!(due(65, 0) && due(65, 43));
         assert!(!due(65, 44));
         assert!(!due(1535, 1024));
         assert!(due(1537, 1024));
-        assert!(!is_rewrite_due(u64::MAX / 2, u64::MAX / 2));
+        assert!(!is_rewrite_due(u64::MAX / 2, u64::MAX / 2, u64::MAX));
     }
 
     #[test]
     fn a_checkpoint_written_anew_is_not_due_again() {
         for records_mib in [0, 1, 33, 1024, 1 << 20] {
-            assert!(!is_rewrite_due(rewritten_bytes(records_mib * MIB), records_mib * MIB));
+            assert!(!is_rewrite_due(rewritten_bytes(records_mib * MIB), records_mib * MIB, 0));
         }
     }
 }

@@ -297,7 +297,13 @@ impl Staged {
         if !is_there {
             staged.made.push(data_dir.to_owned());
         }
-        builder.create(&dir).map_err(failed("make"))?;
+        // Two that begin at once must not take it for theirs.
+        match builder.recursive(false).create(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(StageError::InUse(dir));
+            }
+            made => made.map_err(failed("make"))?,
+        }
         staged.made.push(dir.clone());
         Ok(staged)
     }

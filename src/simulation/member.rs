@@ -300,6 +300,7 @@ impl Life {
             log: log_sender.clone(),
             apply: apply_sender.clone(),
             durable_index: applied.index,
+            overhead_bytes: 0,
             durable_revision,
             published: Arc::clone(&published),
             busy,

@@ -53,6 +53,8 @@ use crate::file_lock;
 /// The format described in [`super::record`].
 /// 2: there may be a file of frozen records.
 const FORMAT: u32 = 2;
+/// From this format on versions are in a file beside sled.
+const FROZEN_FORMAT: u32 = 2;
 const FORMAT_KEY: &[u8] = b"format";
 const FORMAT_MAGIC: &[u8] = b"kvorum checkpoint ";
 const PROGRESS_KEY: &[u8] = b"progress";
@@ -88,6 +90,8 @@ pub struct SledStorage {
     progress: Progress,
     /// How many writes have been synced.
     mark: Mark,
+    /// What it was begun with: versions are in sled before format [`FROZEN_FORMAT`].
+    format: u32,
     /// Records that sled need not hold.
     frozen: Option<Frozen>,
     /// There are more of them than sled knows of.
@@ -175,6 +179,7 @@ impl SledStorage {
             names_synced: mark.number() > 0,
             progress,
             mark,
+            format: FORMAT,
             frozen: None,
             frozen_grew: false,
         };
@@ -183,7 +188,7 @@ impl SledStorage {
             return Ok(storage);
         }
         if !is_empty {
-            storage.check_format()?;
+            storage.format = storage.check_format()?;
             storage.progress = storage.read_progress()?;
             storage.frozen = storage.open_frozen()?;
         }
@@ -228,7 +233,7 @@ impl SledStorage {
         Ok(())
     }
 
-    fn check_format(&self) -> Result<(), StorageError> {
+    fn check_format(&self) -> Result<u32, StorageError> {
         let foreign =
             |detail: &str| StorageError::Foreign { dir: self.dir.clone(), detail: detail.into() };
         let key = stored_key(OWN_TABLE, FORMAT_KEY);
@@ -242,7 +247,7 @@ impl SledStorage {
         if found > FORMAT {
             return Err(StorageError::NewerFormat { dir: self.dir.clone(), found, known: FORMAT });
         }
-        Ok(())
+        Ok(found)
     }
 
     fn read_progress(&self) -> Result<Progress, StorageError> {
@@ -411,7 +416,8 @@ impl Storage for SledStorage {
         records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
     ) -> Result<(), StorageError> {
         let in_sled = self.progress.counts.get(&(Table::Mvcc as u8)).copied().unwrap_or(0);
-        if in_sled > 0 {
+        // Whoever knows the older format alone would not look for the file.
+        if in_sled > 0 || self.format < FROZEN_FORMAT {
             return super::write_in_batches(self, records);
         }
         if self.failed.load(Ordering::Relaxed) {
@@ -424,9 +430,9 @@ impl Storage for SledStorage {
         let frozen = match self.frozen.take() {
             Some(frozen) => Ok(frozen),
             None => {
-                // The file's name is not durable yet.
+                // Its name has to be durable before sled may say that there is such a file.
                 self.names_synced = false;
-                Frozen::create(&self.dir)
+                Frozen::create(&self.dir).and_then(|frozen| self.sync_names().map(|()| frozen))
             }
         };
         let extended = frozen.and_then(|mut frozen| {
@@ -436,9 +442,10 @@ impl Storage for SledStorage {
         match extended {
             Ok(frozen) => self.frozen = Some(frozen),
             Err(source) => {
+                let error = self.io("write its frozen records", source);
                 // Without space nothing was lost that sled knows of.
-                self.sync_failed |= source.kind() != io::ErrorKind::StorageFull;
-                return Err(self.io("write its frozen records", source));
+                self.sync_failed |= !error.is_full();
+                return Err(error);
             }
         }
         self.frozen_grew = true;

@@ -54,6 +54,7 @@ impl Bench {
             log: log_sender,
             apply: mpsc::channel().0,
             durable_index: 0,
+            overhead_bytes: 0,
             durable_revision: 0,
             published: Arc::new(Published::new(0, 0)),
             busy: Arc::default(),

@@ -146,6 +146,7 @@ impl Bench {
             log: log_sender,
             apply: apply_sender,
             durable_index: applied.index,
+            overhead_bytes: 0,
             durable_revision,
             published: Arc::new(Published::new(0, 0)),
             busy: Arc::default(),
