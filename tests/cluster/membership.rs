@@ -42,7 +42,7 @@ impl Mask {
 async fn mask(cluster: &Cluster) -> Mask {
     let mut names = Vec::new();
     let mut members = cluster[0].members();
-    let listed = members.member_list(pb::MemberListRequest { linearizable: false }).await;
+    let listed = members.member_list(pb::MemberListRequest { linearizable: true }).await;
     let listed = listed.unwrap().into_inner();
     let id = |id: u64, name: &str| {
         [(format!("{id:x}"), name.to_owned()), (format!("{id}"), name.to_owned())]
