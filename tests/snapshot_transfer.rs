@@ -147,7 +147,7 @@ async fn a_state_arrives_as_it_was_though_interrupted_twice() {
     let Arrived { mut spool, done, .. } = arrived.recv().await.unwrap();
     let filled = tokio::task::spawn_blocking(move || {
         let mut storage = SledStorage::open(&dir.path().join("ckpt-1")).unwrap();
-        let restored = fill(&mut spool, &mut storage, cluster_id, 7, || false).unwrap();
+        let restored = fill(&mut spool, &mut storage, cluster_id, 7, &|| false).unwrap();
         StateMachine::restore(restored)
     });
     let filled = filled.await.unwrap();

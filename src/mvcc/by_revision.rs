@@ -1,4 +1,5 @@
-//! All records of a store in revision order, a few at a time: the rows of etcd's bucket `key`.
+//! All records of a store in revision order, a few at a time: what a checkpoint, an image for
+//! another member, and etcd's bucket `key` hold.
 //!
 //! The tree is by key. What is in revision order is the history, and it begins at the compact
 //! revision C:
@@ -15,16 +16,20 @@
 //! over all keys, which looks at revisions alone and copies nothing but handles, so that a base
 //! of any size takes `WINDOW_RECORDS` of memory, and some walks.
 //!
-//! What compaction has given up is left out, whether it is freed yet or not, and so is what it
-//! spares for watchers only, the versions replaced exactly at C: etcd does not have them.
+//! What compaction has given up is left out, whether it is freed yet or not. What it spares for
+//! watchers only, the versions replaced exactly at C, etcd does not have: they are in the base of
+//! [`Store::walk`], and not in that of [`Store::walk_as_etcd`].
+
+use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
-use super::Revision;
+use super::chain::Chain;
 use super::record::{Record, record_bytes};
 use super::store::Store;
+use super::{Revision, Version};
 
-/// Records in a window, at least (twice as many at most), unless there are no more: 12 MiB to 24.
+/// Records in a window, unless there are no more: some 20 MiB.
 const WINDOW_RECORDS: usize = 1 << 18;
 
 /// The records of a store as of one revision, in revision order. Between steps the store may be
@@ -34,21 +39,32 @@ const WINDOW_RECORDS: usize = 1 << 18;
 #[derive(Debug, Clone)]
 pub struct RevisionWalk {
     at: i64,
-    compact_revision: i64,
+    base: Base,
     window_records: usize,
     phase: Phase,
 }
 
-#[derive(Debug, Clone)]
-enum Phase {
-    /// Gathers a window of the base.
-    Base(Window),
-    /// Reads the history from here on.
-    History(Revision, Vec<Record>),
-    Done(Vec<Record>),
+/// Which records are in the base.
+#[derive(Debug, Clone, Copy)]
+struct Base {
+    compact_revision: i64,
+    as_etcd: bool,
 }
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
+enum Phase {
+    /// Gathers the base and gives it out, window by window.
+    Base(Window),
+    /// Reads the history.
+    History {
+        /// From here on.
+        next: Revision,
+        found: VecDeque<Record>,
+        ended: bool,
+    },
+}
+
+#[derive(Debug, Clone)]
 struct Window {
     /// The last record of the windows before.
     after: Revision,
@@ -56,24 +72,28 @@ struct Window {
     before: Option<Revision>,
     /// Where the walk over the keys goes on; `None` when it has seen all.
     next_key: Option<Bytes>,
-    found: Vec<(Revision, Bytes)>,
+    found: BTreeMap<Revision, Bytes>,
 }
 
 impl Store {
-    /// Begins to walk all records as of the present revision.
-    pub fn revision_walk(&self) -> RevisionWalk {
-        RevisionWalk::new(self, WINDOW_RECORDS)
+    /// Begins to walk all records as of the present revision: what [`Store::restore`] needs.
+    pub fn walk(&self) -> RevisionWalk {
+        RevisionWalk::new(self, false, WINDOW_RECORDS)
+    }
+
+    /// Begins to walk those records as of the present revision that etcd would have.
+    pub fn walk_as_etcd(&self) -> RevisionWalk {
+        RevisionWalk::new(self, true, WINDOW_RECORDS)
     }
 }
 
 impl RevisionWalk {
-    pub(super) fn new(store: &Store, window_records: usize) -> RevisionWalk {
-        let window = Window { next_key: Some(Bytes::new()), ..Window::default() };
+    pub(super) fn new(store: &Store, as_etcd: bool, window_records: usize) -> RevisionWalk {
         RevisionWalk {
             at: store.revision,
-            compact_revision: store.compact_revision,
+            base: Base { compact_revision: store.compact_revision, as_etcd },
             window_records,
-            phase: Phase::Base(window),
+            phase: Phase::Base(Window::after(Revision::default())),
         }
     }
 
@@ -84,117 +104,125 @@ impl RevisionWalk {
 
     /// The `floor` for [`Store::compact_step`] until the last step is done.
     pub fn floor(&self) -> i64 {
-        self.compact_revision
+        self.base.compact_revision
     }
 
     /// Whether all records were taken.
     pub fn is_done(&self) -> bool {
-        matches!(&self.phase, Phase::Done(found) if found.is_empty())
+        matches!(&self.phase, Phase::History { found, ended: true, .. } if found.is_empty())
     }
 
     /// Looks at `budget` further keys or changes of `store`, and ends earlier once changes of
-    /// `max_bytes` are there to be taken. To be followed by [`RevisionWalk::take`].
+    /// `max_bytes` are there to be taken. To be called when [`RevisionWalk::take`] has nothing.
     pub fn step(&mut self, store: &Store, budget: usize, max_bytes: usize) {
-        let (at, compact_revision) = (self.at, self.compact_revision);
+        if let Phase::Base(window) = &self.phase
+            && window.is_spent()
+        {
+            self.phase = match window.before {
+                Some(_) => Phase::Base(Window::after(window.after)),
+                None => {
+                    let next = Revision::new(self.base.compact_revision, 0);
+                    Phase::History { next, found: VecDeque::new(), ended: false }
+                }
+            };
+        }
         match &mut self.phase {
-            Phase::Base(window) => window.gather(store, compact_revision, budget),
-            Phase::History(from, found) => {
-                let (mut bytes, mut looked) = (0, 0);
-                for change in store.history_from(*from) {
-                    if change.revision.main > at {
+            Phase::Base(window) => window.gather(store, budget, self.base, self.window_records),
+            Phase::History { next, found, ended } => {
+                let mut bytes = 0;
+                for (looked, change) in store.history_from(*next).enumerate() {
+                    if change.revision.main > self.at {
                         break;
                     }
                     if looked >= budget || bytes >= max_bytes {
                         return;
                     }
-                    looked += 1;
                     let record = (change.revision, change.deleted, change.record());
                     bytes += record_bytes(&record.2) as usize;
-                    found.push(record);
-                    *from = Revision { sub: change.revision.sub + 1, ..change.revision };
+                    found.push_back(record);
+                    *next = Revision { sub: change.revision.sub + 1, ..change.revision };
                 }
-                self.phase = Phase::Done(std::mem::take(found));
+                *ended = true;
             }
-            Phase::Done(_) => {}
         }
     }
 
-    /// The records that come next, as far as they are known after the last step: maybe none.
-    /// Needs the store no more, and can take some ten milliseconds, for it sorts.
-    pub fn take(&mut self) -> Vec<Record> {
+    /// The record that comes next; `None` if it is not known before another step, or there are
+    /// no more.
+    pub fn take(&mut self) -> Option<Record> {
         match &mut self.phase {
-            Phase::Base(window) if window.next_key.is_some() => {
-                window.narrow(self.window_records);
-                Vec::new()
-            }
+            Phase::Base(window) if window.next_key.is_some() => None,
             Phase::Base(window) => {
-                let mut found = std::mem::take(&mut window.found);
-                found.sort_unstable_by_key(|(revision, _)| *revision);
-                match (window.before, found.last()) {
-                    (Some(_), Some((after, _))) => {
-                        let next_key = Some(Bytes::new());
-                        *window = Window { after: *after, next_key, ..Window::default() };
-                    }
-                    _ => {
-                        let from = Revision::new(self.compact_revision, 0);
-                        self.phase = Phase::History(from, Vec::new());
-                    }
-                }
-                found.into_iter().map(|(revision, kv)| (revision, false, kv)).collect()
+                let (revision, kv) = window.found.pop_first()?;
+                window.after = revision;
+                Some((revision, false, kv))
             }
-            Phase::History(_, found) | Phase::Done(found) => std::mem::take(found),
+            Phase::History { found, .. } => found.pop_front(),
         }
     }
 }
 
+impl Base {
+    /// The record of a key that is in the base, if there is one.
+    fn of<'a>(&self, chain: &'a Chain) -> Option<&'a Version> {
+        let version = match self.as_etcd {
+            true => chain.at(self.compact_revision),
+            // All others that are kept are the history's.
+            false => chain.kept_by(self.compact_revision).next(),
+        };
+        version.filter(|version| version.revision.main < self.compact_revision)
+    }
+}
+
 impl Window {
-    fn gather(&mut self, store: &Store, compact_revision: i64, budget: usize) {
-        let Some(start) = self.next_key.take() else { return };
-        let (after, before) = (self.after, self.before);
-        // Nothing is older than a compaction that there never was.
-        if compact_revision < 0 {
-            return;
-        }
-        self.next_key = store.for_each_chain(&start, budget, |_, chain| {
-            let seen = chain.at(compact_revision);
-            let older = seen.filter(|version| version.revision.main < compact_revision);
-            if let Some(version) = older
-                && version.revision > after
-                && before.is_none_or(|before| version.revision < before)
-            {
-                self.found.push((version.revision, version.kv.clone()));
-            }
-        });
+    /// What comes first after a revision.
+    fn after(after: Revision) -> Window {
+        let next_key = Some(Bytes::new());
+        Window { after, before: None, next_key, found: BTreeMap::new() }
     }
 
-    /// Keeps the first of what was found, once it is too much.
-    fn narrow(&mut self, records: usize) {
-        if self.found.len() < 2 * records {
-            return;
-        }
-        let (_, next, _) = self.found.select_nth_unstable_by_key(records, |found| found.0);
-        self.before = Some(next.0);
-        self.found.truncate(records);
+    /// Whether it was gathered and taken.
+    fn is_spent(&self) -> bool {
+        self.next_key.is_none() && self.found.is_empty()
+    }
+
+    /// Looks at `budget` further keys.
+    fn gather(&mut self, store: &Store, budget: usize, base: Base, records_max: usize) {
+        let Some(start) = self.next_key.take() else { return };
+        self.next_key = store.for_each_chain(&start, budget, |_, chain| {
+            let Some(Version { revision, kv, .. }) = base.of(chain) else { return };
+            if *revision <= self.after || self.before.is_some_and(|before| *revision >= before) {
+                return;
+            }
+            self.found.insert(*revision, kv.clone());
+            if self.found.len() > records_max
+                && let Some((last, _)) = self.found.pop_last()
+            {
+                self.before = Some(last);
+            }
+        });
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::record::record;
     use super::*;
     use crate::mvcc::KeyRange;
 
     /// Takes all, in steps of `budget`; `between` is done to the store between them.
     fn walked(
         store: &mut Store,
+        as_etcd: bool,
         window_records: usize,
         budget: usize,
         mut between: impl FnMut(&mut Store, i64),
     ) -> Vec<Record> {
-        let mut walk = RevisionWalk::new(store, window_records);
+        let mut walk = RevisionWalk::new(store, as_etcd, window_records);
         let mut records = Vec::new();
         while !walk.is_done() {
             walk.step(store, budget, usize::MAX);
-            records.extend(walk.take());
+            records.extend(std::iter::from_fn(|| walk.take()));
             between(store, walk.floor());
         }
         records
@@ -221,8 +249,19 @@ mod tests {
         store
     }
 
+    /// What compaction keeps, from the tree.
+    fn kept(store: &Store) -> Vec<Record> {
+        let mut records = Vec::new();
+        store.for_each_chain(b"", usize::MAX, |key, chain| {
+            let kept = chain.kept_by(store.compact_revision());
+            records.extend(kept.map(|version| record(key, version)));
+        });
+        records.sort_unstable_by_key(|record| record.0);
+        records
+    }
+
     /// What etcd keeps: all from the compact revision on, and what that revision sees.
-    fn expected(store: &Store) -> Vec<Record> {
+    fn kept_by_etcd(store: &Store) -> Vec<Record> {
         let compacted = store.compact_revision();
         let is_kept = |record: &Record| {
             let (revision, deleted, kv) = record;
@@ -232,37 +271,39 @@ mod tests {
             };
             revision.main >= compacted || (!deleted && sees() == Some(*revision))
         };
-        store.records().filter(is_kept).collect()
+        kept(store).into_iter().filter(is_kept).collect()
     }
 
     #[test]
     fn records_come_in_order_whatever_the_steps() {
         for compact_revision in [-1, 1, 2, 50, 150, 213, store(-1).revision()] {
             let mut store = store(compact_revision);
-            let expected = expected(&store);
-            for (window, budget) in [(1, 1), (2, 3), (5, 40), (7, 1000), (1000, 7)] {
-                let found = walked(&mut store, window, budget, |_, _| {});
-                assert_eq!(found, expected, "compacted to {compact_revision}, {window}, {budget}");
+            for (as_etcd, expected) in [(false, kept(&store)), (true, kept_by_etcd(&store))] {
+                for (window, budget) in [(1, 1), (2, 3), (5, 40), (7, 1000), (1000, 7)] {
+                    let found = walked(&mut store, as_etcd, window, budget, |_, _| {});
+                    assert_eq!(found, expected, "to {compact_revision}, {window}, {budget}");
+                }
             }
         }
     }
 
     #[test]
     fn writes_and_compactions_meanwhile_change_nothing() {
-        let expected = expected(&store(150));
-        let mut store = store(150);
-        let found = walked(&mut store, 4, 3, |store, floor| {
-            let mut write = store.write();
-            write.put(Bytes::from_static(b"key 3"), Bytes::from_static(b"new"), 0);
-            write.delete_range(&KeyRange::single(Bytes::from_static(b"key 4")));
-            let (revision, _) = write.commit();
-            store.compact(revision).unwrap();
-            store.compact_step(floor, 100);
-        });
-        assert_eq!(found, expected);
-        // Nobody is in the way any more.
-        assert!(store.compact_step(i64::MAX, usize::MAX).done);
-        assert!(store.size_bytes() < 10_000);
+        for (as_etcd, expected) in [(false, kept(&store(150))), (true, kept_by_etcd(&store(150)))] {
+            let mut store = store(150);
+            let found = walked(&mut store, as_etcd, 4, 3, |store, floor| {
+                let mut write = store.write();
+                write.put(Bytes::from_static(b"key 3"), Bytes::from_static(b"new"), 0);
+                write.delete_range(&KeyRange::single(Bytes::from_static(b"key 4")));
+                let (revision, _) = write.commit();
+                store.compact(revision).unwrap();
+                store.compact_step(floor, 100);
+            });
+            assert_eq!(found, expected);
+            // Nobody is in the way any more.
+            assert!(store.compact_step(i64::MAX, usize::MAX).done);
+            assert!(store.size_bytes() < 10_000);
+        }
     }
 
     #[test]

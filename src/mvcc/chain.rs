@@ -95,17 +95,6 @@ impl Chain {
         self.versions().skip(self.dropped_by(compact_revision))
     }
 
-    /// Those of them from revision `from` on.
-    pub(super) fn kept_from(
-        &self,
-        compact_revision: i64,
-        from: Revision,
-    ) -> impl Iterator<Item = &Version> {
-        // Most are skipped by a search, those of the same write one by one.
-        let skipped = self.dropped_by(compact_revision).max(self.count_below(from.main));
-        self.versions().skip(skipped).skip_while(move |version| version.revision < from)
-    }
-
     /// Drops what compaction to `compact_revision` drops, showing each to `dropped`.
     /// Returns whether anything is left.
     pub(super) fn compact(

@@ -10,7 +10,7 @@
 //!
 //! All records of a store in revision order are all there is to know of it, besides its
 //! revision and its compact revision: [`Store::restore`] is the inverse of
-//! [`Store::records`]. The latter leaves out what compaction has given up, whether freed
+//! [`Store::walk`]. The latter leaves out what compaction has given up, whether freed
 //! yet or not, so that equal stores have equal records.
 
 use bytes::Bytes;
@@ -67,133 +67,20 @@ pub enum RestoreError {
     },
 }
 
-/// The records of a store as of one revision, by key and within a key by revision, a few at
-/// a time, so that neither the store is held for long nor many of them are in memory at once.
-/// Between steps the store may be written and compacted, as long as [`RecordsWalk::floor`] is
-/// respected by every [`Store::compact_step`]; it may also be replaced by a later state of the
-/// same cluster that is not compacted beyond that floor. What comes out does not depend on it.
-#[derive(Debug, Clone)]
-pub struct RecordsWalk {
-    at: i64,
-    compact_revision: i64,
-    /// Where the next step begins: a key, and a revision of it. `None` when all is seen.
-    next: Option<(Bytes, Revision)>,
-}
-
-impl RecordsWalk {
-    /// The revision the records are as of.
-    pub fn revision(&self) -> i64 {
-        self.at
-    }
-
-    /// The compact revision that belongs to the records.
-    pub fn compact_revision(&self) -> i64 {
-        self.compact_revision
-    }
-
-    /// The `floor` for [`Store::compact_step`] until the last step is done.
-    pub fn floor(&self) -> i64 {
-        self.compact_revision
-    }
-
-    /// Whether all records were seen.
-    pub fn is_done(&self) -> bool {
-        self.next.is_none()
-    }
-
-    /// Looks at about `budget` further keys and versions of `store`, and ends earlier once
-    /// the records shown to `visit` are `max_bytes` (at least 1). Returns whether that was all.
-    pub fn step(
-        &mut self,
-        store: &Store,
-        budget: usize,
-        max_bytes: usize,
-        mut visit: impl FnMut(Record),
-    ) -> bool {
-        let Some((start, from)) = self.next.take() else { return true };
-        let (mut looked, mut bytes) = (0, 0);
-        for (key, chain) in store.tree.iter_from(&start, false) {
-            // A version that was seen last is looked at no more, others of its key are.
-            let from = if *key == *start { from } else { Revision::default() };
-            if looked >= budget || bytes >= max_bytes {
-                self.next = Some((Bytes::copy_from_slice(key), from));
-                return false;
-            }
-            looked += 1;
-            let kept = chain.kept_from(self.compact_revision, from);
-            for version in kept.take_while(|version| version.revision.main <= self.at) {
-                if looked >= budget.max(2) || bytes >= max_bytes {
-                    self.next = Some((Bytes::copy_from_slice(key), version.revision));
-                    return false;
-                }
-                looked += 1;
-                let record = record(key, version);
-                bytes += record.2.len();
-                visit(record);
-            }
-        }
-        true
-    }
-}
-
-/// The records of a store as of one revision, gathered by a [`RecordsWalk`].
-pub struct RecordsCut {
-    walk: RecordsWalk,
-    records: Vec<Record>,
-}
-
-impl RecordsCut {
-    /// The revision the records are as of.
-    pub fn revision(&self) -> i64 {
-        self.walk.at
-    }
-
-    /// The compact revision that belongs to the records.
-    pub fn compact_revision(&self) -> i64 {
-        self.walk.compact_revision
-    }
-
-    /// The `floor` for [`Store::compact_step`] until the last step is done.
-    pub fn floor(&self) -> i64 {
-        self.walk.floor()
-    }
-
-    /// Looks at about `budget` further keys and versions of `store`, which must be the one
-    /// the cut was begun with. Returns whether that was all.
-    pub fn step(&mut self, store: &Store, budget: usize) -> bool {
-        let records = &mut self.records;
-        self.walk.step(store, budget, usize::MAX, |record| records.push(record))
-    }
-
-    /// The records gathered, in revision order.
-    pub fn into_records(self) -> Vec<Record> {
-        let mut records = self.records;
-        records.sort_unstable_by_key(|record| record.0);
-        records
-    }
-}
-
 impl Store {
-    /// Begins to walk all records as of the present revision.
-    pub fn records_walk(&self) -> RecordsWalk {
-        RecordsWalk {
-            at: self.revision,
-            compact_revision: self.compact_revision,
-            next: Some((Bytes::new(), Revision::default())),
-        }
-    }
-
-    /// Begins to gather all records as of the present revision.
-    pub fn records_cut(&self) -> RecordsCut {
-        RecordsCut { walk: self.records_walk(), records: Vec::new() }
-    }
-
-    /// All records, in revision order: what a checkpoint must hold. In one go, which takes
-    /// about a second for a million keys; see [`Store::records_cut`] for steps.
-    pub fn records(&self) -> impl Iterator<Item = Record> + use<> {
-        let mut cut = self.records_cut();
-        cut.step(self, usize::MAX);
-        cut.into_records().into_iter()
+    /// All records, in revision order, in one go; see [`Store::walk`] for steps.
+    #[cfg(test)]
+    pub fn records(&self) -> impl Iterator<Item = Record> + use<'_> {
+        let mut walk = self.walk();
+        std::iter::from_fn(move || {
+            while !walk.is_done() {
+                if let Some(record) = walk.take() {
+                    return Some(record);
+                }
+                walk.step(self, usize::MAX, usize::MAX);
+            }
+            None
+        })
     }
 
     /// The store that has these records, which must come in revision order, and these

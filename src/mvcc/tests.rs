@@ -343,8 +343,8 @@ struct Pin {
     revision: i64,
     hash: HashKv,
     hash_expected: u32,
-    cut: RecordsCut,
-    cut_expected: Vec<Record>,
+    walk: RevisionWalk,
+    walk_expected: Vec<Record>,
 }
 
 /// A store, its model, and a checkpoint written from what the store reports.
@@ -435,8 +435,8 @@ impl Bench {
 
     fn compact_step(&mut self, budget: usize) -> CompactStep {
         let pinned = self.pin.as_ref().map(|pin| {
-            let cuts = pin.hash.floor().min(pin.cut.floor());
-            cuts.min(pin.revision)
+            let walks = pin.hash.floor().min(pin.walk.floor());
+            walks.min(pin.revision)
         });
         let floor = pinned.unwrap_or(i64::MAX);
         let was_pinned = self.store.is_compaction_pinned(floor);
@@ -455,8 +455,12 @@ impl Bench {
         check_reads(&self.store, &self.model, &[everything()], pin.revision);
         while !pin.hash.step(&self.store, 2) {}
         assert_eq!(pin.hash.finish(), pin.hash_expected);
-        while !pin.cut.step(&self.store, 3) {}
-        assert_eq!(pin.cut.into_records(), pin.cut_expected);
+        let mut walked = Vec::new();
+        while !pin.walk.is_done() {
+            pin.walk.step(&self.store, 3, usize::MAX);
+            walked.extend(std::iter::from_fn(|| pin.walk.take()));
+        }
+        assert_eq!(walked, pin.walk_expected);
     }
 
     fn clean_checkpoint(&mut self, count: usize) {
@@ -482,8 +486,8 @@ impl Bench {
                     revision,
                     hash: self.store.hash_kv_begin(revision),
                     hash_expected: self.store.hash_kv(revision),
-                    cut: self.store.records_cut(),
-                    cut_expected: self.store.records().collect(),
+                    walk: self.store.walk(),
+                    walk_expected: self.store.records().collect(),
                 });
             }
             Op::Unpin => self.unpin(),

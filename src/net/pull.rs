@@ -20,7 +20,7 @@ use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::snapshot::{CHUNKS_IN_FLIGHT, HasRoom, Image, STALL_MAX, Throttle};
+use super::snapshot::{CHUNKS_IN_FLIGHT, HasRoom, Image, STALL_MAX, Throttle, next_data};
 use crate::pb::kvorumpb::peer_client::PeerClient;
 use crate::pb::kvorumpb::snapshot_chunk::Part;
 use crate::pb::kvorumpb::{PullImageRequest, SnapshotBegin, SnapshotChunk};
@@ -84,24 +84,23 @@ pub fn offer<I: Image>(mut image: I, bytes_per_sec: u64, hold: impl Send + 'stat
             image.restart();
         }
         let (id, index, term) = (image.id(), image.index(), image.term());
-        let mut next =
-            Some(Part::Begin(SnapshotBegin { id, index, term, message: Default::default() }));
+        let mut part = Part::Begin(SnapshotBegin { id, index, term, message: Default::default() });
         let mut throttle = Throttle::new(bytes_per_sec);
-        while let Some(part) = next.take() {
+        loop {
             let is_end = matches!(part, Part::End(_));
-            if let Part::Data(data) = &part {
-                throttle.admit(data.len()).await;
-            }
             let chunk = SnapshotChunk { part: Some(part) };
             if !matches!(timeout(STALL_MAX, chunks.send(Ok(chunk))).await, Ok(Ok(()))) || is_end {
                 return;
             }
-            next = match image.next_chunk() {
-                Ok(Some(data)) => Some(Part::Data(data)),
-                Ok(None) => Some(Part::End(image.offset())),
+            part = match next_data(&mut image).await {
+                Ok(Some(data)) => {
+                    throttle.admit(data.len()).await;
+                    Part::Data(data)
+                }
+                Ok(None) => Part::End(image.offset()),
                 Err(lost) => {
                     let _ = chunks.send(Err(Status::aborted(lost.to_string()))).await;
-                    None
+                    return;
                 }
             };
         }

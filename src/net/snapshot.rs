@@ -31,6 +31,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::sync::{Mutex as AsyncMutex, mpsc, oneshot, watch};
+use tokio::task::yield_now;
 use tokio::time::{Instant, interval, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt as _};
@@ -70,7 +71,9 @@ pub trait Image: Send + 'static {
     fn offset(&self) -> u64;
     /// Begins again at offset 0.
     fn restart(&mut self);
-    /// The next bytes; `None` at the end. Takes a moment, in which it may hold a lock.
+    /// The next bytes; `None` at the end. Takes a moment, in which it may hold a lock. Where they
+    /// take more than that to be found, there are none yet, and it is to be called again, after
+    /// others have had their turn.
     ///
     /// # Errors
     /// [`ImageLost`]: there will be no more.
@@ -143,7 +146,7 @@ where
     while let Some(data) = chunk {
         throttle.admit(data.len()).await;
         call.push(Part::Data(data)).await?;
-        chunk = image.next_chunk()?;
+        chunk = next_data(image).await?;
     }
     call.push(Part::End(image.offset())).await?;
     while !heard(&mut call.progress).await?.done {}
@@ -162,9 +165,19 @@ async fn seek<I: Image>(image: &mut I, offset: u64) -> Result<Option<Bytes>, Sen
             return Ok(Some(chunk.slice(chunk.len().saturating_sub(beyond)..)));
         }
         // Whoever waits for this thread goes first.
-        tokio::task::yield_now().await;
+        yield_now().await;
     }
-    Ok(image.next_chunk()?)
+    Ok(next_data(image).await?)
+}
+
+/// The next bytes of an image, once there are some; `None` at its end.
+pub(super) async fn next_data<I: Image>(image: &mut I) -> Result<Option<Bytes>, ImageLost> {
+    loop {
+        match image.next_chunk()? {
+            Some(chunk) if chunk.is_empty() => yield_now().await,
+            chunk => return Ok(chunk),
+        }
+    }
 }
 
 /// The sender's ends of the call.

@@ -75,8 +75,6 @@ const REWRITE_SPARES_BYTES: u64 = 32 << 20;
 const PACE_BYTES: usize = 1 << 20;
 /// And rests no longer than this.
 const REST_MAX: Duration = Duration::from_millis(100);
-/// Keys gathered in one hold of the state's lock when everything is written anew.
-const KEYS_PER_STEP: usize = 4096;
 
 /// Why a cut is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -530,16 +528,20 @@ impl CheckpointThread {
 
     fn write_next(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         let mut next = self.generations.begin()?;
-        let image = records::image(&self.state, &self.pins, KEYS_PER_STEP);
+        let (image, records) = records::image(&self.state, &self.pins);
         let mut pace = Pace::begin();
+        let mut records_bytes = 0;
         let (shortage, published) = (&self.shortage, &self.published);
         // Nobody who waits for this thread waits for its rests.
         let is_awaited = || shortage.is_behind() || *published.stopped.borrow();
-        records::fill(next.as_mut(), &image, |bytes| pace.note(bytes, is_awaited))?;
+        let mut records = records.inspect(|(.., kv)| {
+            records_bytes += kv.len() as u64;
+            pace.note(kv.len(), is_awaited);
+        });
+        records::fill_with(next.as_mut(), &image, &mut records)?;
         self.generations.switch()?;
         let on_disk_bytes = next.size_on_disk()?;
         self.published.set_checkpoint_bytes(on_disk_bytes);
-        let records_bytes = image.dirty.records.iter().map(|(.., kv)| kv.len() as u64).sum();
         self.overhead_bytes = on_disk_bytes.saturating_sub(space::rewritten_bytes(records_bytes));
         self.durable_index = image.head.applied_index;
         self.durable_revision = image.head.revision;

@@ -225,7 +225,7 @@ impl Damage {
         let announced = Mark { index, term };
         let Identity { cluster_id, member_id } = self.identity;
         let mut storage = self.generations.begin_beside().map_err(FillError::from)?;
-        let restored = image::fill(&mut spool, &mut storage, cluster_id, member_id, || false)?;
+        let restored = image::fill(&mut spool, &mut storage, cluster_id, member_id, &|| false)?;
         drop((storage, spool));
         let state = StateMachine::restore(restored);
         let (found, least) = (state.applied(), self.at_least());
@@ -263,7 +263,7 @@ impl Damage {
             });
         };
         let mut storage = self.generations.begin_beside()?;
-        records::fill(&mut storage, &state.cut(), |_| ())?;
+        records::fill(&mut storage, &state.cut())?;
         drop(storage);
         self.put_in_place()
     }

@@ -10,10 +10,11 @@
 //! **A source** is made in one hold of the state's read lock, in which everything small is
 //! copied: the head, the members, and of each lease its three numbers (24 bytes: a million
 //! leases are 24 MB and some ten milliseconds; in steps it could not be done, for a lease that
-//! is revoked in between would be missing while its keys are there). The records follow in
-//! steps, as handles, `VERSIONS_PER_STEP` at most and not many more bytes than make a frame. So
-//! a source holds less than a megabyte besides the leases, however large the state is.
-//! It pins its revision: compaction goes on, and what the source has yet to read is spared.
+//! is revoked in between would be missing while its keys are there). The records follow in the
+//! order of their revisions, as a checkpoint keeps them, in steps of `RECORDS_PER_STEP` at most
+//! and not many more bytes than make a frame. So a source holds, besides the leases, no more than
+//! a walk does ([`RevisionWalk`]), however large the state is. It pins its revision: compaction
+//! goes on, and what the source has yet to read is spared.
 //!
 //! **Resuming.** The image is a function of the state at the source's revision. A source that
 //! must go back begins again, and makes the same bytes once more up to where the receiver is:
@@ -22,6 +23,7 @@
 //! attempt is a snapshot of its own.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,18 +34,18 @@ use prost::Message as _;
 use super::pins::{Pin, Pins};
 use super::records::{self, RecoverError};
 use crate::log::Mark;
-use crate::mvcc::RecordsWalk;
+use crate::mvcc::RevisionWalk;
 use crate::net::snapshot::{Image, ImageLost, SendError};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::raft::Configuration;
 use crate::state::{AuthRow, Restored, StateMachine};
-use crate::storage::image::{FRAME_BYTES, ImageError, ImageRecord, ImageWriter};
+use crate::storage::image::{FRAME_BYTES, ImageError, ImageReader, ImageRecord, ImageWriter};
 use crate::storage::spool::Spool;
 use crate::storage::{Batch, Storage, StorageError, Table};
 
-/// Versions and keys looked at in one hold of the state's lock.
-const VERSIONS_PER_STEP: usize = 4096;
+/// Keys or changes looked at in one hold of the state's lock.
+const RECORDS_PER_STEP: usize = 4096;
 /// How long a source is kept whose transfer was interrupted.
 pub const RESUME_MAX: Duration = Duration::from_secs(60);
 
@@ -56,7 +58,7 @@ pub struct Source {
     leases: Vec<Lease>,
     auth: Arc<[AuthRow]>,
     /// The walk as it began, for beginning again.
-    start: RecordsWalk,
+    start: RevisionWalk,
     state: SharedState,
     pin: Pin,
     progress: Progress,
@@ -71,6 +73,14 @@ impl std::fmt::Debug for SharedState {
     }
 }
 
+/// What a source has done.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    Added,
+    /// Has held the state's lock for a while.
+    Looked,
+}
+
 /// How far a source has come.
 #[derive(Debug)]
 struct Progress {
@@ -80,12 +90,12 @@ struct Progress {
     members: usize,
     leases: usize,
     auth: usize,
-    walk: RecordsWalk,
+    walk: RevisionWalk,
     ended: bool,
 }
 
 impl Progress {
-    fn new(walk: RecordsWalk) -> Progress {
+    fn new(walk: RevisionWalk) -> Progress {
         let writer = ImageWriter::new();
         Progress { writer, offset: 0, members: 0, leases: 0, auth: 0, walk, ended: false }
     }
@@ -95,7 +105,7 @@ impl Source {
     /// The image of the present state. `id` is one that no other image has.
     pub fn new(id: u64, state: &Arc<RwLock<StateMachine>>, pins: &Arc<Pins>) -> Source {
         let held = state.read();
-        let start = held.store().records_walk();
+        let start = held.store().walk();
         Source {
             id,
             head: held.head(),
@@ -117,8 +127,8 @@ impl Source {
         Configuration { voters: ids(voters), learners: ids(learners) }
     }
 
-    /// Adds what comes next to the writer.
-    fn step(&mut self) -> Result<(), ImageLost> {
+    /// Adds what comes next to the writer, or looks for it.
+    fn step(&mut self) -> Result<Step, ImageLost> {
         let Progress { writer, members, leases, auth, walk, ended, .. } = &mut self.progress;
         if let Some(member) = self.members.get(*members) {
             writer.put(Table::Member, &member.id.to_be_bytes(), [&[], &member.encode_to_vec()]);
@@ -129,25 +139,20 @@ impl Source {
         } else if let Some(AuthRow { table, key, value }) = self.auth.get(*auth) {
             writer.put(records::auth_table(*table), key, [&[], value]);
             *auth += 1;
+        } else if let Some((revision, tombstone, kv)) = walk.take() {
+            writer.put(Table::Mvcc, &records::key(revision), [&[u8::from(tombstone)], &kv]);
         } else if !walk.is_done() {
-            let mut found = Vec::new();
-            {
-                let state = self.state.0.read();
-                if self.pin.is_lost() {
-                    return Err(ImageLost);
-                }
-                walk.step(state.store(), VERSIONS_PER_STEP, FRAME_BYTES, |record| {
-                    found.push(record);
-                });
+            let state = self.state.0.read();
+            if self.pin.is_lost() {
+                return Err(ImageLost);
             }
-            for (revision, tombstone, kv) in found {
-                writer.put(Table::Mvcc, &records::key(revision), [&[u8::from(tombstone)], &kv]);
-            }
+            walk.step(state.store(), RECORDS_PER_STEP, FRAME_BYTES);
+            return Ok(Step::Looked);
         } else if !*ended {
             writer.end(records::HEAD, &self.head.encode_to_vec());
             *ended = true;
         }
-        Ok(())
+        Ok(Step::Added)
     }
 }
 
@@ -181,7 +186,9 @@ impl Image for Source {
             if self.progress.ended {
                 return Ok(None);
             }
-            self.step()?;
+            if self.step()? == Step::Looked {
+                return Ok(Some(Bytes::new()));
+            }
         }
     }
 }
@@ -303,27 +310,33 @@ pub fn fill(
     storage: &mut dyn Storage,
     cluster_id: u64,
     member_id: u64,
-    is_stopped: impl Fn() -> bool,
+    is_stopped: &dyn Fn() -> bool,
 ) -> Result<Restored, FillError> {
     let mut image = spool.read()?;
     let mut batch = Batch::new();
-    while let Some(ImageRecord { table, key, value }) = image.next()? {
-        let key = Bytes::copy_from_slice(key);
-        if table == Table::Head {
-            let bad = |error: prost::DecodeError| RecoverError::Record {
-                table,
-                reason: error.to_string(),
-            };
-            let mut head = CheckpointHead::decode(value).map_err(bad)?;
-            if head.cluster_id != cluster_id {
-                return Err(FillError::OtherCluster { found: head.cluster_id, own: cluster_id });
+    let mut next = image.next()?.map(Owned::of);
+    while let Some(Owned { table, key, value }) = next {
+        next = match table {
+            Table::Mvcc => {
+                let first = Some(Owned { table, key, value });
+                let image = &mut image;
+                let mut versions =
+                    Versions { image, next: first, last: Bytes::new(), failed: None, is_stopped };
+                storage.freeze(&mut versions)?;
+                match versions.failed {
+                    Some(failed) => return Err(failed),
+                    None => versions.next,
+                }
             }
-            head.member_id = member_id;
-            head.installed = true;
-            batch.put(table, key, head.encode_to_vec());
-        } else {
-            batch.put(table, key, Bytes::copy_from_slice(value));
-        }
+            Table::Head => {
+                batch.put(table, key, installed(&value, cluster_id, member_id)?.encode_to_vec());
+                image.next()?.map(Owned::of)
+            }
+            _ => {
+                batch.put(table, key, value);
+                image.next()?.map(Owned::of)
+            }
+        };
         if batch.is_full() {
             if is_stopped() {
                 return Err(FillError::Stopped);
@@ -334,6 +347,73 @@ pub fn fill(
     storage.write(batch)?;
     storage.sync()?;
     Ok(records::recover(storage)?)
+}
+
+/// The head of a state that was sent, as this member's.
+fn installed(head: &[u8], cluster_id: u64, member_id: u64) -> Result<CheckpointHead, FillError> {
+    let mut head = CheckpointHead::decode(head)
+        .map_err(|error| RecoverError::Record { table: Table::Head, reason: error.to_string() })?;
+    if head.cluster_id != cluster_id {
+        return Err(FillError::OtherCluster { found: head.cluster_id, own: cluster_id });
+    }
+    head.member_id = member_id;
+    head.installed = true;
+    Ok(head)
+}
+
+/// A record that outlives the frame it came in.
+struct Owned {
+    table: Table,
+    key: Bytes,
+    value: Vec<u8>,
+}
+
+impl Owned {
+    fn of(record: ImageRecord<'_>) -> Owned {
+        let ImageRecord { table, key, value } = record;
+        Owned { table, key: Bytes::copy_from_slice(key), value: value.to_vec() }
+    }
+}
+
+/// The versions of an image, from the next record on until another's comes.
+struct Versions<'a, R> {
+    image: &'a mut ImageReader<R>,
+    /// The first that was not given out; of another table, once all versions were.
+    next: Option<Owned>,
+    last: Bytes,
+    /// Why there are no more, if not for that.
+    failed: Option<FillError>,
+    is_stopped: &'a dyn Fn() -> bool,
+}
+
+impl<R: Read> Iterator for Versions<'_, R> {
+    type Item = (Bytes, Vec<u8>);
+
+    fn next(&mut self) -> Option<(Bytes, Vec<u8>)> {
+        let Owned { key, value, .. } = self.next.take_if(|next| next.table == Table::Mvcc)?;
+        let next = match self.image.next() {
+            Ok(next) => Ok(next.map(Owned::of)),
+            Err(error) => Err(error.into()),
+        };
+        let is_in_order = self.last.is_empty() || key > self.last;
+        self.failed = match next {
+            Err(failed) => Some(failed),
+            Ok(_) if (self.is_stopped)() => Some(FillError::Stopped),
+            Ok(_) if !is_in_order => {
+                let reason = "it does not come after the one before".to_owned();
+                Some(RecoverError::Record { table: Table::Mvcc, reason }.into())
+            }
+            Ok(next) => {
+                self.next = next;
+                None
+            }
+        };
+        if self.failed.is_some() {
+            return None;
+        }
+        self.last = key.clone();
+        Some((key, value))
+    }
 }
 
 #[cfg(test)]

@@ -18,12 +18,17 @@ use bytes::Bytes;
 use parking_lot::RwLock;
 use prost::Message;
 
-use super::pins::Pins;
-use crate::mvcc::{Revision, Store};
+use super::pins::{Pin, Pins};
+use crate::mvcc::{Record, Revision, RevisionWalk, Store};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::state::{AuthRow, AuthTable, Cut, Restored, StateMachine};
 use crate::storage::{BATCH_MAX_CHANGES, Batch, SledStorage, Storage, StorageError, Table};
+
+/// Keys or changes that [`Records`] looks at in one hold of the state's lock.
+const RECORDS_PER_STEP: usize = 4096;
+/// Bytes of records that such a step ends after: as handles they keep what compaction frees.
+const STEP_BYTES: usize = 1 << 20;
 
 /// The key of the one record in the table Head.
 pub const HEAD: &[u8] = b"head";
@@ -107,19 +112,25 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), Stor
 }
 
 /// Like [`write`], into an empty checkpoint, which does not count yet: no batch is larger
-/// than others. `pace` is called with the size of each record, and may take its time.
+/// than others.
 ///
 /// # Errors
 /// The store fails.
-pub fn fill(
+pub fn fill(storage: &mut dyn Storage, cut: &Cut) -> Result<(), StorageError> {
+    fill_with(storage, cut, &mut cut.dirty.records.iter().cloned())
+}
+
+/// Like [`fill`], with records that come from elsewhere than the cut.
+///
+/// # Errors
+/// The store fails.
+pub fn fill_with(
     storage: &mut dyn Storage,
     cut: &Cut,
-    mut pace: impl FnMut(usize),
+    records: &mut dyn Iterator<Item = Record>,
 ) -> Result<(), StorageError> {
-    let mut records = cut.dirty.records.iter().map(|(revision, tombstone, kv)| {
-        pace(kv.len());
-        (key(*revision), value(*tombstone, kv))
-    });
+    let mut records =
+        records.map(|(revision, tombstone, kv)| (key(revision), value(tombstone, &kv)));
     storage.freeze(&mut records)?;
     write_rest(storage, cut, true)
 }
@@ -205,21 +216,38 @@ fn is_tombstone(value: Option<&[u8]>) -> bool {
     value.and_then(<[u8]>::first) == Some(&1)
 }
 
-/// Everything the state holds, as a cut: what a new checkpoint begins with. Goes through
-/// the state in steps of `keys_per_step` keys, between which it may move on.
+/// Everything the state holds, as a cut without records, and the records: what a new
+/// checkpoint begins with.
 ///
 /// What has changed since the last cut is in here, and in the next cut once more, of which
 /// [`write()`] leaves it out.
-pub fn image(state: &RwLock<StateMachine>, pins: &Arc<Pins>, keys_per_step: usize) -> Cut {
-    let (mut cut, mut records, _pin) = {
-        let state = state.read();
-        let records = state.store().records_cut();
-        let pin = pins.pin(records.floor());
-        (state.image_without_records(), records, pin)
-    };
-    while !records.step(state.read().store(), keys_per_step) {}
-    cut.dirty.records = records.into_records();
-    cut
+pub fn image(state: &Arc<RwLock<StateMachine>>, pins: &Arc<Pins>) -> (Cut, Records) {
+    let held = state.read();
+    let walk = held.store().walk();
+    let pin = pins.pin(walk.floor());
+    (held.image_without_records(), Records { state: Arc::clone(state), walk, _pin: pin })
+}
+
+/// The records of a state as of one revision, in their order. They are read in steps,
+/// between which the state may move on; it must not be replaced.
+pub struct Records {
+    state: Arc<RwLock<StateMachine>>,
+    walk: RevisionWalk,
+    _pin: Pin,
+}
+
+impl Iterator for Records {
+    type Item = Record;
+
+    fn next(&mut self) -> Option<Record> {
+        while !self.walk.is_done() {
+            if let Some(record) = self.walk.take() {
+                return Some(record);
+            }
+            self.walk.step(self.state.read().store(), RECORDS_PER_STEP, STEP_BYTES);
+        }
+        None
+    }
 }
 
 /// Reads the checkpoint back.

@@ -456,7 +456,7 @@ impl<'a> OnDisk<'a> {
         }
         begin_log(&mut log, &mut recovered, state.applied())?;
         let (mut generations, mut storage) = DiskGenerations::begin_first(&self.member_dir)?;
-        records::fill(&mut storage, &state.cut(), |_| ())?;
+        records::fill(&mut storage, &state.cut())?;
         generations.switch()?;
         Ok(Recovery {
             start: start(&state, recovered),
@@ -581,7 +581,7 @@ pub(crate) fn complete_install(
 fn in_memory(bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
     let mut storage = MemoryStorage::new();
     let mut state = first_state(bootstrap, Path::new("(memory)"))?;
-    records::fill(&mut storage, &state.cut(), |_| ())?;
+    records::fill(&mut storage, &state.cut())?;
     let identity = identity(&state);
     let (mut log, mut recovered) = MemoryLog::open(&MemoryDisk::new(identity));
     begin_log(&mut log, &mut recovered, state.applied())?;

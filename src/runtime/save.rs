@@ -111,7 +111,7 @@ impl Save {
     /// Of the present state. Holds its lock for as long as copying the leases takes.
     pub fn new(state: &Arc<RwLock<StateMachine>>, pins: &Arc<Pins>) -> Save {
         let held = state.read();
-        let start = held.store().revision_walk();
+        let start = held.store().walk_as_etcd();
         let rest = Rest {
             head: held.head(),
             members: held.members().records(),
@@ -206,7 +206,7 @@ impl Save {
                 walk.step(state.store(), KEYS_PER_STEP, STEP_BYTES);
             }
             self.count_held()?;
-            for record in walk.take() {
+            while let Some(record) = walk.take() {
                 let (key, value) = encode::key_row(record);
                 writer.row(key, value)?;
                 out.take(writer)?;

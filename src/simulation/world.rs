@@ -283,8 +283,7 @@ impl World {
                 let (mut log, _) = disk.open_log();
                 log.install(start, HardState::of_start(start)).expect("an empty log");
             }
-            records::fill(disk.open_store().as_mut(), &state.cut(), |_| ())
-                .expect("an empty store");
+            records::fill(disk.open_store().as_mut(), &state.cut()).expect("an empty store");
             Machine {
                 id: state.member_id(),
                 disk,

@@ -175,7 +175,7 @@ impl CheckpointThread {
     ) -> Result<(Box<dyn Storage>, Restored), FillError> {
         let mut next = self.generations.begin()?;
         let is_stopped = || *self.published.stopped.borrow();
-        match image::fill(spool, next.as_mut(), cluster_id, member_id, is_stopped) {
+        match image::fill(spool, next.as_mut(), cluster_id, member_id, &is_stopped) {
             Ok(restored) => Ok((next, restored)),
             Err(error) => {
                 drop(next);

@@ -72,7 +72,7 @@ fn spool_of(bytes: &[u8]) -> Spool {
 fn filled(bytes: &[u8], member_id: u64) -> Result<StateMachine, FillError> {
     let cluster_id = new_state().members().cluster_id();
     let mut storage = MemoryStorage::new();
-    let restored = fill(&mut spool_of(bytes), &mut storage, cluster_id, member_id, || false)?;
+    let restored = fill(&mut spool_of(bytes), &mut storage, cluster_id, member_id, &|| false)?;
     assert!(restored.head.installed, "until the next checkpoint");
     Ok(StateMachine::restore(restored))
 }
@@ -132,6 +132,38 @@ fn an_image_is_read_back_as_the_state_it_was_begun_with() {
     assert_eq!(pins.readers(), 0);
 }
 
+/// As in a checkpoint that was written here, so that they take no more space and memory.
+#[test]
+fn versions_that_were_sent_are_frozen() {
+    let state = state_with_everything();
+    let bytes = all(&mut Source::new(1, &state, &Arc::default()));
+    let mut storage = MemoryStorage::new();
+    let cluster_id = new_state().members().cluster_id();
+    fill(&mut spool_of(&bytes), &mut storage, cluster_id, 5, &|| false).expect("a state");
+    let last = state.read().store().records().last().expect("there are some").0;
+    assert_eq!(storage.frozen_to(), Some(records::key(last)));
+}
+
+#[test]
+fn versions_out_of_order_are_refused_and_a_stop_is_heeded() {
+    let mut writer = ImageWriter::new();
+    let kv = b"\x0a\x01k".as_slice();
+    for main in [3, 2] {
+        let key = records::key(crate::mvcc::Revision::new(main, 0));
+        writer.put(Table::Mvcc, &key, [&[1], kv]);
+    }
+    writer.end(records::HEAD, b"");
+    let image: Vec<u8> = std::iter::from_fn(|| writer.take()).flatten().collect();
+    let fill = |stops: bool| {
+        fill(&mut spool_of(&image), &mut MemoryStorage::new(), 1, 1, &|| stops)
+            .err()
+            .expect("refused")
+    };
+    let refused = fill(false).to_string();
+    assert!(refused.contains("Mvcc") && refused.contains("after the one before"), "{refused}");
+    assert!(matches!(fill(true), FillError::Stopped));
+}
+
 /// Records, versions of one key, and keys that come and go between steps: however the walk is
 /// cut into steps, the bytes are the same.
 #[test]
@@ -170,7 +202,7 @@ fn what_is_not_an_image_of_this_cluster_is_refused() {
         assert!(filled(&intact[..at], 1).is_err(), "cut at {at}");
     }
     let mut storage = MemoryStorage::new();
-    let error = fill(&mut spool_of(&intact), &mut storage, 99, 1, || false);
+    let error = fill(&mut spool_of(&intact), &mut storage, 99, 1, &|| false);
     assert!(matches!(error, Err(FillError::OtherCluster { own: 99, .. })));
 }
 

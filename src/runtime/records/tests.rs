@@ -153,10 +153,12 @@ fn a_member_that_left_leaves_the_checkpoint() {
 fn what_is_written_anew_is_read_back() {
     let mut state = new_state();
     apply(&mut state, 0, usize::MAX);
-    let state = RwLock::new(state);
-    let image = image(&state, &Arc::default(), 1);
+    let state = Arc::new(RwLock::new(state));
+    let pins = Arc::default();
+    let (image, mut records) = image(&state, &pins);
+    assert_eq!(pins.readers(), 1);
     let mut storage = MemoryStorage::new();
-    write(&mut storage, &image, 0).expect("written");
+    fill_with(&mut storage, &image, &mut records).expect("written");
     assert_equal(&restored(&mut storage), &state.read());
 }
 
