@@ -5,22 +5,26 @@
 //!
 //! ```text
 //! apply thread   ── cut (everything changed up to index A, taken in one move) ──▶ checkpoint thread
-//!                                       records, in batches                          │ write
-//!                                       last batch: leases, members, head with A     │ write (atomic)
+//!                                       records, to the end of their file            │ write
+//!                                       one batch: leases, members, head with A      │ write (atomic)
 //!                                       the store's file                             │ fsync  → A is durable
-//!                                       records that compaction removed              │ delete
-//! log thread     ◀── truncate to the last snapshot ≤ A − catch-up entries ─────────────┘
+//! log thread     ◀── truncate to the last snapshot ≤ A − catch-up entries ─────────────┤
+//!                                       all of it, if too much is of no use any more │ write anew
 //! ```
 //!
 //! Invariants:
 //! * The head is written after everything it speaks of, in one batch with all that
-//!   is not a record. A crash before it leaves records above the head's revision,
-//!   which recovery deletes.
-//! * Records are deleted only after a durable head says that the compaction which
-//!   removed them has happened.
+//!   is not a record. A crash before it leaves records that were never part of the
+//!   checkpoint.
+//! * What compaction removed stays in the file, and each start compacts it once more, until
+//!   the checkpoint is written anew, without it.
 //! * The log is truncated only to what a durable checkpoint has passed.
 //! * The head's index never goes back: leases are written in place, so an older head
 //!   beside newer leases would be the state of no index at all.
+//!
+//! A checkpoint of format 1 has its records in sled: there they are written in batches, a
+//! crash leaves some above the head's revision, which recovery deletes, and those that
+//! compaction removed are deleted one by one, after a durable head says so.
 
 mod install;
 

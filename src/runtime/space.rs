@@ -2,8 +2,9 @@
 //!
 //! A log that cannot be written stops the member, so writes are refused before that:
 //! when less is free than [`RESERVE_BYTES`] and what the checkpoint is about to take, puts
-//! are answered as if the quota were used up, until a quarter more is free. Deletes, compaction and reads go on, and once there is space again so do
-//! writes; nobody has to restart or disarm anything.
+//! are answered as if the quota were used up, until a quarter more is free. Deletes, compaction
+//! and reads go on, and once there is space again so do writes; nobody has to restart or disarm
+//! anything.
 //!
 //! The same holds while the checkpoint waits for space ([`super::checkpoint_thread`]).
 
@@ -15,9 +16,11 @@ use std::time::Duration;
 /// Less free space than this, beside what the checkpoint is about to take, is kept for
 /// the log's next segment and for what is under way.
 pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
-/// What a byte of records takes on the disk, once in the store: measured, values of 1 KiB
-/// and more take 1.8 bytes, of 100 bytes 2.9.
-pub const STORE_BYTES_PER_BYTE: u64 = 3;
+/// What a byte of records takes on the disk, once in the store, at most: a third more than
+/// itself, if the keys and values are tiny. (In sled, where checkpoints of format 1 have them, it
+/// is up to three bytes; such a checkpoint is written anew soon, and one that meets the end of the
+/// disk is opened anew.)
+pub const STORE_BYTES_PER_BYTE: u64 = 2;
 /// A checkpoint is written anew when it takes this much of what its records do, in percent.
 /// The old one and the new one together then take one time more. Between two compactions the
 /// records themselves may be twice what is live, and all of it must stay below four times that.
