@@ -152,9 +152,10 @@ pub enum OpenError {
     /// The directory holds an etcd's data, and a checkpoint.
     #[error(
         "{} holds data of kvorum, and a member/snap/db, which is an etcd's: both programs were \
-         started on it, and etcd deletes kvorum's log when it begins. If member/wal still has kvorum's \
-         *.log, move member/snap/db and member/wal/*.wal away; otherwise restore a snapshot, or \
-         set --data-dir to another directory", .0.display()
+         started on it. If member/wal, or --wal-dir, still has kvorum's *.log, kvorum's data is as it \
+         was: stop that etcd, and, to go on with kvorum's, move it away: member/snap/db, and etcd's \
+         *-*.wal if they are there. Otherwise restore a snapshot, or set --data-dir to another \
+         directory", .0.display()
     )]
     EtcdsDataToo(PathBuf),
     /// `--import-etcd-data`, and nothing is there.
@@ -394,6 +395,14 @@ fn adopt(
     } else if bootstrap.import_etcd_data && DiskGenerations::is_new(&data_dir.join("member"))? {
         return Err(OpenError::NothingToImport(data_dir.to_owned()));
     }
+    if let Some(path) = import::left_by_a_refusal(data_dir) {
+        let path = path.display();
+        tracing::warn!(
+            %path,
+            "an etcd was started on this data directory by mistake, and refused it; the empty database \
+             that it left may be removed"
+        );
+    }
     Ok(())
 }
 
@@ -410,11 +419,16 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
             let disk = OnDisk::of(data_dir, wal_dir.as_deref(), *fsync);
             check_directory(data_dir)?;
             adopt(data_dir, wal_dir.as_deref(), *fsync, bootstrap)?;
-            if DiskGenerations::is_new(&disk.member_dir)? {
-                disk.begin(wal_dir.is_some(), bootstrap)
+            let recovery = if DiskGenerations::is_new(&disk.member_dir)? {
+                disk.begin(wal_dir.is_some(), bootstrap)?
             } else {
-                disk.recover(bootstrap)
+                disk.recover(bootstrap)?
+            };
+            if wal_dir.is_some() {
+                // Where an etcd looks that is told of the data directory alone.
+                Log::guard(&disk.member_dir.join("wal"));
             }
+            Ok(recovery)
         }
     }
 }

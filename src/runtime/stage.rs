@@ -400,6 +400,9 @@ impl Staged {
         }
         log.install(member.mark, member.hard_state)?;
         log.close()?;
+        if log_dir.is_some() {
+            Log::guard(&self.dir.join("wal"));
+        }
         Ok(())
     }
 
