@@ -17,6 +17,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::claim::Claim;
 use super::stage::{NewMember, Source, StageError, Staged, sync_directory};
 use crate::backup::file::SnapshotFile;
 use crate::backup::wal::{self, Wal, WalError};
@@ -160,7 +161,8 @@ fn is_empty(path: &Path) -> Option<bool> {
 ///
 /// # Errors
 /// [`ImportError`].
-pub fn import(data_dir: &Path, wal_dir: Option<&Path>, fsync: bool) -> Result<(), ImportError> {
+pub fn import(claim: &Claim, wal_dir: Option<&Path>, fsync: bool) -> Result<(), ImportError> {
+    let data_dir = claim.data_dir();
     let path = database(data_dir);
     let aside = data_dir.join(ASIDE);
     let failed = |action, path: &Path| {
@@ -199,7 +201,7 @@ pub fn import(data_dir: &Path, wal_dir: Option<&Path>, fsync: bool) -> Result<()
         revision = source.contents.revision(),
         "importing an etcd's data"
     );
-    let mut staged = Staged::begin(data_dir)?;
+    let mut staged = Staged::begin(claim)?;
     staged.fill(&source, &member, wal_dir, fsync, &mut |_| {})?;
     let member_dir = data_dir.join("member");
     fs::rename(&member_dir, &aside).map_err(failed("rename", &member_dir))?;

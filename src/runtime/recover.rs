@@ -43,6 +43,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use super::claim::Claim;
 use super::force::{self, ForceError};
 use super::import::{self, ImportError};
 use super::join::{self, JoinError};
@@ -167,10 +168,17 @@ pub enum OpenError {
     /// An etcd's data cannot be imported.
     #[error("cannot import: {0}")]
     Import(#[from] ImportError),
+    /// Somebody makes a member in the data directory.
+    #[error(
+        "the data directory {} is in use: `kvorum snapshot restore` fills it, or another server \
+         starts on it. Wait until that is done, and start again; or set --data-dir to another \
+         directory", .0.display()
+    )]
+    InUse(PathBuf),
     /// Somebody wanted other data served than none.
     #[error(
-        "a restore was cut short, or still runs, and made {}: wait for it, run `kvorum snapshot \
-         restore` again, or remove that directory", .0.display()
+        "a restore was cut short, and left {}: run `kvorum snapshot restore` again, or remove that \
+         directory", .0.display()
     )]
     RestoreCutShort(PathBuf),
     /// The member is not part of the cluster it is to found.
@@ -351,8 +359,9 @@ pub fn is_new(place: &Place) -> Result<bool, OpenError> {
         Place::Memory => Ok(true),
         Place::Disk { data_dir, .. } => {
             check_directory(data_dir)?;
-            let is_made =
-                stage::is_left(data_dir).and_then(|left| Ok(left || import::is_etcds(data_dir)?));
+            // One that is not complete may be gone before the data directory is claimed.
+            let is_made = stage::is_complete(data_dir)
+                .and_then(|is_complete| Ok(is_complete || import::is_etcds(data_dir)?));
             Ok(!is_made.map_err(|error| unusable(data_dir, error))?
                 && DiskGenerations::is_new(&data_dir.join("member"))?)
         }
@@ -375,11 +384,12 @@ fn unusable(data_dir: &Path, error: io::Error) -> OpenError {
 /// What a restore or an import has left is completed, or refused; an etcd's data is imported, or
 /// refused.
 fn adopt(
-    data_dir: &Path,
+    claim: &Claim,
     wal_dir: Option<&Path>,
     fsync: bool,
     bootstrap: &Bootstrap,
 ) -> Result<(), OpenError> {
+    let data_dir = claim.data_dir();
     let failed = |error| unusable(data_dir, error);
     let is_cut_short = stage::complete(data_dir).map_err(failed)?;
     if import::is_etcds(data_dir).map_err(failed)? {
@@ -389,7 +399,7 @@ fn adopt(
         if !bootstrap.import_etcd_data {
             return Err(OpenError::EtcdsData(data_dir.to_owned()));
         }
-        import::import(data_dir, wal_dir, fsync)?;
+        import::import(claim, wal_dir, fsync)?;
     } else if is_cut_short {
         return Err(OpenError::RestoreCutShort(stage::directory(data_dir)));
     } else if bootstrap.import_etcd_data && DiskGenerations::is_new(&data_dir.join("member"))? {
@@ -418,7 +428,9 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
         Place::Disk { data_dir, wal_dir, fsync } => {
             let disk = OnDisk::of(data_dir, wal_dir.as_deref(), *fsync);
             check_directory(data_dir)?;
-            adopt(data_dir, wal_dir.as_deref(), *fsync, bootstrap)?;
+            let claim = Claim::of(data_dir, *fsync).map_err(|error| unusable(data_dir, error))?;
+            let claim = claim.ok_or_else(|| OpenError::InUse(data_dir.clone()))?;
+            adopt(&claim, wal_dir.as_deref(), *fsync, bootstrap)?;
             let recovery = if DiskGenerations::is_new(&disk.member_dir)? {
                 disk.begin(wal_dir.is_some(), bootstrap)?
             } else {
