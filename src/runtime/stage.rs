@@ -98,12 +98,53 @@ pub enum StageError {
     /// The log's directory holds the log of a member that has run.
     #[error("{} holds a log of kvorum: set --wal-dir to an empty directory", .0.display())]
     LogInUse(PathBuf),
+    /// The disk is full, or refused. (What the storage and the log say of it is for a member that
+    /// runs, and would be wrong here.)
+    #[error(
+        "cannot {action} {}: {error}. Free space there, or repair the disk, and run this again: \
+         nothing is left of this attempt", path.display()
+    )]
+    Disk {
+        /// What was tried.
+        action: String,
+        /// With which file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        error: io::Error,
+    },
     /// The checkpoint cannot be written.
     #[error(transparent)]
-    Storage(#[from] StorageError),
+    Storage(StorageError),
     /// The log cannot be begun.
     #[error(transparent)]
-    Log(#[from] LogError),
+    Log(LogError),
+}
+
+impl From<StorageError> for StageError {
+    fn from(error: StorageError) -> StageError {
+        match error {
+            StorageError::Io { dir: path, action, source: error } => {
+                StageError::Disk { action: format!("{action} in"), path, error }
+            }
+            error => StageError::Storage(error),
+        }
+    }
+}
+
+impl From<LogError> for StageError {
+    fn from(error: LogError) -> StageError {
+        match error {
+            LogError::NoSpace { file: path } => {
+                let error = rustix::io::Errno::NOSPC.into();
+                StageError::Disk { action: "write".to_owned(), path, error }
+            }
+            LogError::Io { action, path, source } => {
+                let error = io::Error::new(source.kind(), source);
+                StageError::Disk { action: action.to_owned(), path, error }
+            }
+            error => StageError::Log(error),
+        }
+    }
 }
 
 /// A database whose content is in order.
