@@ -222,6 +222,19 @@ pub fn image(state: &RwLock<StateMachine>, pins: &Arc<Pins>, keys_per_step: usiz
     cut
 }
 
+/// Whether a checkpoint was ever completed: its head is written last.
+///
+/// # Errors
+/// The store fails; also when it had a head, and has it no more.
+pub fn has_head(storage: &dyn Storage) -> Result<bool, StorageError> {
+    let mut is_there = false;
+    storage.scan(Table::Head, b"", b"", &mut |key, _| {
+        is_there |= key == HEAD;
+        ControlFlow::Continue(())
+    })?;
+    Ok(is_there)
+}
+
 /// Reads the checkpoint back.
 ///
 /// Records above the head's revision are leftovers of a checkpoint that was cut

@@ -33,7 +33,8 @@
 //! | a log that begins behind the applied index   | the checkpoint is an old one         |
 //! | nothing, of a member that others saw running | it may have acknowledged what is gone |
 //!
-//! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not.
+//! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not. One that
+//! is intact, and that `CURRENT` alone does not name, may be named again: [`super::current`].
 //!
 //! A log that ends too early is in order when the checkpoint says that it was installed: it came from another
 //! member, a crash kept the log from beginning anew after it, and that is made up for here.
@@ -44,6 +45,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use super::claim::Claim;
+use super::current;
 use super::force::{self, ForceError};
 use super::import::{self, ImportError};
 use super::join::{self, JoinError};
@@ -248,6 +250,38 @@ pub enum OpenError {
         /// The data directory.
         data: PathBuf,
     },
+    /// There are several checkpoints, and nothing that says which one counts.
+    #[error(
+        "{} is damaged or missing, and which checkpoint counts cannot be told: {found}. Keep a copy of \
+         {}; then name the one that goes furthest (`echo {furthest} > {}`), and start again: what it \
+         lacks is in the raft log, and the others are removed. Or restore a snapshot: `kvorum snapshot \
+         restore <file> --data-dir <empty directory>`",
+        current.display(), data.display(), current.display()
+    )]
+    SeveralCheckpoints {
+        /// The file that should say it.
+        current: PathBuf,
+        /// Each checkpoint, and what is in it.
+        found: String,
+        /// The name of the one that goes furthest.
+        furthest: String,
+        /// The data directory.
+        data: PathBuf,
+    },
+    /// The log does not hold what the checkpoint ends with.
+    #[error(
+        "the checkpoint {} holds entries up to {applied}, the last of which is another one in the raft \
+         log in {}: they are not of one history. Put back the one that belongs to the log, or restore \
+         a snapshot", checkpoint.display(), log.display()
+    )]
+    OtherHistory {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// Its applied index.
+        applied: u64,
+        /// The log's directory.
+        log: PathBuf,
+    },
     /// Log and checkpoint are not of the same member.
     #[error(
         "the raft log in {} is of member {:x} of cluster {:x}, and the checkpoint in {} of \
@@ -343,9 +377,15 @@ impl OpenError {
                 error.is_damage()
             }
             OpenError::Checkpoint(RecoverError::Record { .. }) => true,
-            OpenError::CheckpointTooOld { .. } => true,
+            OpenError::CheckpointTooOld { .. } | OpenError::SeveralCheckpoints { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether the checkpoint may be intact, and only the file damaged or missing that names it.
+    fn is_of_current(&self) -> bool {
+        let is_damaged = matches!(self, OpenError::Storage(StorageError::CurrentDamaged { .. }));
+        is_damaged || matches!(self, OpenError::CheckpointMissing { .. })
     }
 }
 
@@ -431,10 +471,16 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
             let claim = Claim::of(data_dir, *fsync).map_err(|error| unusable(data_dir, error))?;
             let claim = claim.ok_or_else(|| OpenError::InUse(data_dir.clone()))?;
             adopt(&claim, wal_dir.as_deref(), *fsync, bootstrap)?;
-            let recovery = if DiskGenerations::is_new(&disk.member_dir)? {
-                disk.begin(wal_dir.is_some(), bootstrap)?
+            let opened = if DiskGenerations::is_new(&disk.member_dir)? {
+                disk.begin(wal_dir.is_some(), bootstrap)
             } else {
-                disk.recover(bootstrap)?
+                disk.recover(bootstrap)
+            };
+            let recovery = match opened {
+                Err(error) if error.is_of_current() && current::repair(&disk, &error)? => {
+                    disk.recover(bootstrap)?
+                }
+                opened => opened?,
             };
             if wal_dir.is_some() {
                 // Where an etcd looks that is told of the data directory alone.
