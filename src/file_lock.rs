@@ -1,8 +1,8 @@
 //! The lock on a directory that one process at a time may have open.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -31,7 +31,23 @@ impl FileLock {
     pub(crate) fn acquire(path: &Path) -> io::Result<Option<FileLock>> {
         let mut options = OpenOptions::new();
         options.write(true).create(true).truncate(false).mode(0o600);
-        let file = options.open(path)?;
+        FileLock::lock(options.open(path)?)
+    }
+
+    /// Locks a directory itself, as [`FileLock::acquire`] a file: nothing is left in it. `None` also
+    /// when whoever had it removed it before this one's turn.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub(crate) fn of_directory(path: &Path) -> io::Result<Option<FileLock>> {
+        let Some(lock) = FileLock::lock(File::open(path)?)? else { return Ok(None) };
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let locked = identity(lock.file.metadata()?);
+        let is_there = fs::metadata(path).is_ok_and(|there| identity(there) == locked);
+        Ok(is_there.then_some(lock))
+    }
+
+    fn lock(file: File) -> io::Result<Option<FileLock>> {
         let begun = Instant::now();
         loop {
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {

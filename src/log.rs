@@ -94,6 +94,7 @@ mod dir;
 mod disk;
 mod faulty;
 mod format;
+mod guard;
 mod memory;
 mod recover;
 mod replay;

@@ -245,7 +245,12 @@ impl StorageError {
     /// Whether what is on the disk is not what was written there, or not all of it. Another
     /// start would find the same.
     pub fn is_damage(&self) -> bool {
-        matches!(self, StorageError::Damaged { .. } | StorageError::Foreign { .. })
+        matches!(
+            self,
+            StorageError::Damaged { .. }
+                | StorageError::CurrentDamaged { .. }
+                | StorageError::Foreign { .. }
+        )
     }
 
     /// Whether the disk has no space left: the same may succeed once it has.
@@ -275,6 +280,15 @@ pub enum StorageError {
         dir: PathBuf,
         /// Which part, and what is wrong with it.
         detail: String,
+    },
+    /// The file that names the checkpoint that counts is not what was written.
+    #[error(
+        "checkpoint {} is damaged (its file CURRENT does not name a checkpoint): keep it, and check \
+         the disk", .dir.display()
+    )]
+    CurrentDamaged {
+        /// The directory that the file is in.
+        dir: PathBuf,
     },
     /// The directory holds something else.
     #[error(

@@ -20,6 +20,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::Duration;
 
 use common::judge::{self, Judges};
 use common::process::{Started, free_port, strings, until};
@@ -44,6 +45,8 @@ use tonic::transport::Channel;
 const CHANGES: usize = 300;
 /// A value that takes many pages, in bytes.
 const LARGE_BYTES: usize = 200_000;
+/// Starts and restores that begin at the same time.
+const ROUNDS_AT_ONCE: usize = 40;
 /// Files and directories that are mutated.
 const MUTATIONS: u64 = 200;
 
@@ -577,6 +580,71 @@ fn as_default(file: &Path, data_dir: &Path, skip_hash_check: bool) -> Restore {
         bump_revision: 0,
         disable_auth: false,
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_start_and_a_restore_exclude_each_other() {
+    let Some(mut stage) = Stage::new("start and restore") else { return };
+    stage.saved("saved").await;
+    let (file, data_dir) = (stage.path("saved"), stage.path("data"));
+    let alone = Bootstrap {
+        initial_cluster: as_default(&file, &data_dir, false).initial_cluster,
+        cluster_token: "etcd-cluster".to_owned(),
+        name: "default".to_owned(),
+        cluster_version: "3.7.0".to_owned(),
+        ..Bootstrap::default()
+    };
+    let start = || recover::open(&disk(&data_dir), &alone);
+    // A start in the middle of a restore.
+    let mut refused = None;
+    let restored = restore(&as_default(&file, &data_dir, false), &mut |_, _| {
+        let error = start().err().expect("it must not start").to_string();
+        assert_eq!(fs::read_dir(&data_dir).unwrap().count(), 1, "nothing was made");
+        refused = Some(error);
+    });
+    let (restored, refused) = (restored.unwrap(), refused.unwrap());
+    for word in [data_dir.to_str().unwrap(), "kvorum snapshot restore", "start again"] {
+        assert!(refused.contains(word), "{word:?} is not in {refused}");
+    }
+    let recovered = start().unwrap();
+    assert_eq!(recovered.state.store().revision(), restored.revision);
+    // A restore under a server, or behind one.
+    for server in [Some(recovered), None] {
+        let runs = server.is_some();
+        let error = restore(&as_default(&file, &data_dir, false), &mut |_, _| {}).unwrap_err();
+        assert!(error.to_string().contains("not empty"), "{runs}: {error}");
+    }
+    // Both at once: whichever is first, what was restored is what is served.
+    let (mut served, mut empty) = (0, 0);
+    for round in 0..ROUNDS_AT_ONCE {
+        fs::remove_dir_all(&data_dir).unwrap();
+        let mut later = |most_us| Duration::from_micros(stage.rng.below(most_us) as u64);
+        let (start_later, restore_later) = (later(3000), later(1000));
+        let (opened, restored) = std::thread::scope(|scope| {
+            let restoring = scope.spawn(|| {
+                std::thread::sleep(restore_later);
+                restore(&as_default(&file, &data_dir, false), &mut |_, _| {})
+            });
+            std::thread::sleep(start_later);
+            let opened = start().map(|recovery| recovery.state.store().revision());
+            (opened, restoring.join().unwrap())
+        });
+        match (opened, &restored) {
+            (Ok(revision), Ok(restored)) => {
+                assert_eq!(revision, restored.revision, "{round}");
+                served += 1;
+            }
+            (Ok(1), Err(_)) => empty += 1,
+            (Err(OpenError::InUse(_)), Ok(_)) => {}
+            (opened, restored) => panic!("{round}: {opened:?}, and {restored:?}"),
+        }
+        if let Ok(restored) = restored {
+            assert_eq!(start().unwrap().state.store().revision(), restored.revision);
+        }
+        assert!(!stage.path("data/member.new").exists(), "{round}: nothing is left half made");
+    }
+    assert!(served > 0 && empty > 0, "{served} served what was restored, {empty} were first");
+    eprintln!("of {ROUNDS_AT_ONCE}, {served} served what was restored, {empty} were first");
 }
 
 /// Changes a file in a way that its number says.

@@ -5,6 +5,7 @@
 //! 0000000000000007-00000000000186a0.log segment 7, begun when the next index was 100000
 //! 0000000000000003.spare                a file to write a later segment over
 //! segment-….tmp  spare-….tmp            being made; removed when the log is opened
+//! kvorum.wal                            keeps etcd away, see [`super::guard`]
 //! ```
 //!
 //! Other names are left alone. Directories are made with mode 0700, files with 0600.
@@ -14,7 +15,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::LogError;
+use super::{LogError, guard};
 use crate::file_lock::FileLock;
 
 /// Sequences and numbers of spares in names stay below.
@@ -188,8 +189,8 @@ pub(super) fn holds_a_log_only(dir: &Path) -> Result<bool, LogError> {
     let failed = |e| LogError::io("list", dir, e);
     for item in fs::read_dir(dir).map_err(failed)? {
         let path = item.map_err(failed)?.path();
-        let is_lock = path.file_name().is_some_and(|name| name == LOCK);
-        if !is_lock && matches!(classify(&path), Name::Other) {
+        let is_ours = path.file_name().is_some_and(|name| name == LOCK || name == guard::GUARD);
+        if !is_ours && matches!(classify(&path), Name::Other) {
             return Ok(false);
         }
     }

@@ -11,6 +11,7 @@ use super::dir::{self, Directory, Step};
 use super::format::{
     Batch, Place, RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, continuation,
 };
+use super::guard;
 use super::recover::{self, FoundSegment};
 use super::replay::Bounds;
 use super::spares::Spares;
@@ -85,6 +86,8 @@ impl Log {
             .clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
             .next_multiple_of(SEGMENT_HEADER_BYTES);
         let dir = Arc::new(Directory::open(&dir, fsync)?);
+        // The directory is synced below, whatever is found in it.
+        guard::put(dir.path());
         let mut listing = dir.list()?;
         for path in &listing.temporaries {
             fs::remove_file(path).map_err(|e| LogError::io("remove", path, e))?;
@@ -148,6 +151,17 @@ impl Log {
     /// [`LogError::Io`]: the directory is not there, or cannot be read.
     pub fn is_all_of(dir: &Path) -> Result<bool, LogError> {
         dir::holds_a_log_only(dir)
+    }
+
+    /// Keeps an etcd away that is started on the directory `dir` by mistake, as it is kept away from
+    /// a log: for where it would look for its own, when kvorum's is elsewhere. Does what it can.
+    pub fn guard(dir: &Path) {
+        guard::put(dir);
+    }
+
+    /// Whether an etcd is kept away from the directory `dir`.
+    pub fn is_guarded(dir: &Path) -> bool {
+        guard::is_in(dir)
     }
 
     fn check(&self) -> Result<(), LogError> {

@@ -50,7 +50,8 @@
 //! # A member without peers
 //!
 //! Its log alone rebuilds the state if it reaches back to the cluster's beginning: before the first
-//! truncation. Afterwards only a snapshot that somebody saved can help, and the error says so.
+//! truncation. Afterwards only a snapshot that somebody saved can help, and the error says so; unless
+//! the checkpoint is intact, and only the file is not that names it ([`super::current`]).
 
 use std::io;
 use std::path::PathBuf;
@@ -76,6 +77,8 @@ pub struct Damage {
     log: Recovered,
     peer_urls: Vec<String>,
     generations: DiskGenerations,
+    /// Why a member is not opened that has intact checkpoints.
+    several: Option<OpenError>,
 }
 
 /// Why an image did not take the place of a damaged checkpoint.
@@ -178,6 +181,7 @@ impl Damage {
             log,
             peer_urls,
             generations,
+            several: matches!(error, OpenError::SeveralCheckpoints { .. }).then_some(error),
         })
     }
 
@@ -254,6 +258,9 @@ impl Damage {
                 && identity(state) == self.identity
         });
         let Some(mut state) = first else {
+            if let Some(several) = self.several.take() {
+                return Err(several);
+            }
             let start = self.log.start.index;
             return Err(OpenError::Unrecoverable {
                 damage: self.what.clone(),

@@ -17,10 +17,12 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::claim::Claim;
 use super::stage::{NewMember, Source, StageError, Staged, sync_directory};
+use crate::backup::file::SnapshotFile;
 use crate::backup::wal::{self, Wal, WalError};
 use crate::file_lock::FileLock;
-use crate::log::{BOOTSTRAP, HardState, Identity, Mark};
+use crate::log::{BOOTSTRAP, HardState, Identity, Log, Mark};
 use crate::pb::kvorumpb::MemberRecord;
 
 /// Where etcd's files go, within the data directory.
@@ -126,14 +128,41 @@ fn database(data_dir: &Path) -> PathBuf {
 /// # Errors
 /// What the disk says.
 pub fn is_etcds(data_dir: &Path) -> io::Result<bool> {
-    database(data_dir).try_exists()
+    Ok(database(data_dir).try_exists()? && left_by_a_refusal(data_dir).is_none())
+}
+
+/// The database of an etcd that was started on a directory of kvorum by mistake, and refused it
+/// because of the log's guard. It had made the database before that, and put nothing into it. One
+/// that holds anything is of an etcd that ran, with its log elsewhere.
+pub fn left_by_a_refusal(data_dir: &Path) -> Option<PathBuf> {
+    let path = database(data_dir);
+    let is_guarded = Log::is_guarded(&data_dir.join("member").join("wal"));
+    (is_guarded && is_empty(&path) == Some(true)).then_some(path)
+}
+
+/// Whether a database has no row; `None` if that cannot be told.
+fn is_empty(path: &Path) -> Option<bool> {
+    let file = SnapshotFile::open(path).ok()?;
+    // An etcd that was killed before it wrote the first page.
+    if file.database_bytes() == 0 {
+        return Some(true);
+    }
+    let database = file.database().ok()?;
+    let mut scan = database.scan().ok()?;
+    for bucket in scan.buckets().ok()? {
+        if scan.rows(&bucket).ok()?.next().ok()?.is_some() {
+            return Some(false);
+        }
+    }
+    Some(true)
 }
 
 /// Imports. Blocks. On return the data directory holds a member of kvorum.
 ///
 /// # Errors
 /// [`ImportError`].
-pub fn import(data_dir: &Path, wal_dir: Option<&Path>, fsync: bool) -> Result<(), ImportError> {
+pub fn import(claim: &Claim, wal_dir: Option<&Path>, fsync: bool) -> Result<(), ImportError> {
+    let data_dir = claim.data_dir();
     let path = database(data_dir);
     let aside = data_dir.join(ASIDE);
     let failed = |action, path: &Path| {
@@ -172,7 +201,7 @@ pub fn import(data_dir: &Path, wal_dir: Option<&Path>, fsync: bool) -> Result<()
         revision = source.contents.revision(),
         "importing an etcd's data"
     );
-    let mut staged = Staged::begin(data_dir)?;
+    let mut staged = Staged::begin(claim)?;
     staged.fill(&source, &member, wal_dir, fsync, &mut |_| {})?;
     let member_dir = data_dir.join("member");
     fs::rename(&member_dir, &aside).map_err(failed("rename", &member_dir))?;

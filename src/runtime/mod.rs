@@ -28,6 +28,8 @@ pub mod apply_thread;
 pub mod auto_compact;
 pub mod boot_clock;
 pub mod checkpoint_thread;
+pub mod claim;
+pub mod current;
 pub mod fault;
 pub mod force;
 pub mod forwarder;

@@ -250,6 +250,19 @@ impl Iterator for Records {
     }
 }
 
+/// Whether a checkpoint was ever completed: its head is written last.
+///
+/// # Errors
+/// The store fails; also when it had a head, and has it no more.
+pub fn has_head(storage: &dyn Storage) -> Result<bool, StorageError> {
+    let mut is_there = false;
+    storage.scan(Table::Head, b"", b"", &mut |key, _| {
+        is_there |= key == HEAD;
+        ControlFlow::Continue(())
+    })?;
+    Ok(is_there)
+}
+
 /// Reads the checkpoint back.
 ///
 /// Records above the head's revision are leftovers of a checkpoint that was cut

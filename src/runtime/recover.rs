@@ -33,7 +33,8 @@
 //! | a log that begins behind the applied index   | the checkpoint is an old one         |
 //! | nothing, of a member that others saw running | it may have acknowledged what is gone |
 //!
-//! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not.
+//! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not. One that
+//! is intact, and that `CURRENT` alone does not name, may be named again: [`super::current`].
 //!
 //! A log that ends too early is in order when the checkpoint says that it was installed: it came from another
 //! member, a crash kept the log from beginning anew after it, and that is made up for here.
@@ -43,6 +44,8 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
+use super::claim::Claim;
+use super::current;
 use super::force::{self, ForceError};
 use super::import::{self, ImportError};
 use super::join::{self, JoinError};
@@ -152,9 +155,10 @@ pub enum OpenError {
     /// The directory holds an etcd's data, and a checkpoint.
     #[error(
         "{} holds data of kvorum, and a member/snap/db, which is an etcd's: both programs were \
-         started on it, and etcd deletes kvorum's log when it begins. If member/wal still has kvorum's \
-         *.log, move member/snap/db and member/wal/*.wal away; otherwise restore a snapshot, or \
-         set --data-dir to another directory", .0.display()
+         started on it. If member/wal, or --wal-dir, still has kvorum's *.log, kvorum's data is as it \
+         was: stop that etcd, and, to go on with kvorum's, move it away: member/snap/db, and etcd's \
+         *-*.wal if they are there. Otherwise restore a snapshot, or set --data-dir to another \
+         directory", .0.display()
     )]
     EtcdsDataToo(PathBuf),
     /// `--import-etcd-data`, and nothing is there.
@@ -166,10 +170,17 @@ pub enum OpenError {
     /// An etcd's data cannot be imported.
     #[error("cannot import: {0}")]
     Import(#[from] ImportError),
+    /// Somebody makes a member in the data directory.
+    #[error(
+        "the data directory {} is in use: `kvorum snapshot restore` fills it, or another server \
+         starts on it. Wait until that is done, and start again; or set --data-dir to another \
+         directory", .0.display()
+    )]
+    InUse(PathBuf),
     /// Somebody wanted other data served than none.
     #[error(
-        "a restore was cut short, or still runs, and made {}: wait for it, run `kvorum snapshot \
-         restore` again, or remove that directory", .0.display()
+        "a restore was cut short, and left {}: run `kvorum snapshot restore` again, or remove that \
+         directory", .0.display()
     )]
     RestoreCutShort(PathBuf),
     /// The member is not part of the cluster it is to found.
@@ -238,6 +249,38 @@ pub enum OpenError {
         found: PathBuf,
         /// The data directory.
         data: PathBuf,
+    },
+    /// There are several checkpoints, and nothing that says which one counts.
+    #[error(
+        "{} is damaged or missing, and which checkpoint counts cannot be told: {found}. Keep a copy of \
+         {}; then name the one that goes furthest (`echo {furthest} > {}`), and start again: what it \
+         lacks is in the raft log, and the others are removed. Or restore a snapshot: `kvorum snapshot \
+         restore <file> --data-dir <empty directory>`",
+        current.display(), data.display(), current.display()
+    )]
+    SeveralCheckpoints {
+        /// The file that should say it.
+        current: PathBuf,
+        /// Each checkpoint, and what is in it.
+        found: String,
+        /// The name of the one that goes furthest.
+        furthest: String,
+        /// The data directory.
+        data: PathBuf,
+    },
+    /// The log does not hold what the checkpoint ends with.
+    #[error(
+        "the checkpoint {} holds entries up to {applied}, the last of which is another one in the raft \
+         log in {}: they are not of one history. Put back the one that belongs to the log, or restore \
+         a snapshot", checkpoint.display(), log.display()
+    )]
+    OtherHistory {
+        /// The checkpoint.
+        checkpoint: PathBuf,
+        /// Its applied index.
+        applied: u64,
+        /// The log's directory.
+        log: PathBuf,
     },
     /// Log and checkpoint are not of the same member.
     #[error(
@@ -334,9 +377,15 @@ impl OpenError {
                 error.is_damage()
             }
             OpenError::Checkpoint(RecoverError::Record { .. }) => true,
-            OpenError::CheckpointTooOld { .. } => true,
+            OpenError::CheckpointTooOld { .. } | OpenError::SeveralCheckpoints { .. } => true,
             _ => false,
         }
+    }
+
+    /// Whether the checkpoint may be intact, and only the file damaged or missing that names it.
+    fn is_of_current(&self) -> bool {
+        let is_damaged = matches!(self, OpenError::Storage(StorageError::CurrentDamaged { .. }));
+        is_damaged || matches!(self, OpenError::CheckpointMissing { .. })
     }
 }
 
@@ -350,8 +399,9 @@ pub fn is_new(place: &Place) -> Result<bool, OpenError> {
         Place::Memory => Ok(true),
         Place::Disk { data_dir, .. } => {
             check_directory(data_dir)?;
-            let is_made =
-                stage::is_left(data_dir).and_then(|left| Ok(left || import::is_etcds(data_dir)?));
+            // One that is not complete may be gone before the data directory is claimed.
+            let is_made = stage::is_complete(data_dir)
+                .and_then(|is_complete| Ok(is_complete || import::is_etcds(data_dir)?));
             Ok(!is_made.map_err(|error| unusable(data_dir, error))?
                 && DiskGenerations::is_new(&data_dir.join("member"))?)
         }
@@ -374,11 +424,12 @@ fn unusable(data_dir: &Path, error: io::Error) -> OpenError {
 /// What a restore or an import has left is completed, or refused; an etcd's data is imported, or
 /// refused.
 fn adopt(
-    data_dir: &Path,
+    claim: &Claim,
     wal_dir: Option<&Path>,
     fsync: bool,
     bootstrap: &Bootstrap,
 ) -> Result<(), OpenError> {
+    let data_dir = claim.data_dir();
     let failed = |error| unusable(data_dir, error);
     let is_cut_short = stage::complete(data_dir).map_err(failed)?;
     if import::is_etcds(data_dir).map_err(failed)? {
@@ -388,11 +439,19 @@ fn adopt(
         if !bootstrap.import_etcd_data {
             return Err(OpenError::EtcdsData(data_dir.to_owned()));
         }
-        import::import(data_dir, wal_dir, fsync)?;
+        import::import(claim, wal_dir, fsync)?;
     } else if is_cut_short {
         return Err(OpenError::RestoreCutShort(stage::directory(data_dir)));
     } else if bootstrap.import_etcd_data && DiskGenerations::is_new(&data_dir.join("member"))? {
         return Err(OpenError::NothingToImport(data_dir.to_owned()));
+    }
+    if let Some(path) = import::left_by_a_refusal(data_dir) {
+        let path = path.display();
+        tracing::warn!(
+            %path,
+            "an etcd was started on this data directory by mistake, and refused it; the empty database \
+             that it left may be removed"
+        );
     }
     Ok(())
 }
@@ -409,12 +468,25 @@ pub fn open(place: &Place, bootstrap: &Bootstrap) -> Result<Recovery, OpenError>
         Place::Disk { data_dir, wal_dir, fsync } => {
             let disk = OnDisk::of(data_dir, wal_dir.as_deref(), *fsync);
             check_directory(data_dir)?;
-            adopt(data_dir, wal_dir.as_deref(), *fsync, bootstrap)?;
-            if DiskGenerations::is_new(&disk.member_dir)? {
+            let claim = Claim::of(data_dir, *fsync).map_err(|error| unusable(data_dir, error))?;
+            let claim = claim.ok_or_else(|| OpenError::InUse(data_dir.clone()))?;
+            adopt(&claim, wal_dir.as_deref(), *fsync, bootstrap)?;
+            let opened = if DiskGenerations::is_new(&disk.member_dir)? {
                 disk.begin(wal_dir.is_some(), bootstrap)
             } else {
                 disk.recover(bootstrap)
+            };
+            let recovery = match opened {
+                Err(error) if error.is_of_current() && current::repair(&disk, &error)? => {
+                    disk.recover(bootstrap)?
+                }
+                opened => opened?,
+            };
+            if wal_dir.is_some() {
+                // Where an etcd looks that is told of the data directory alone.
+                Log::guard(&disk.member_dir.join("wal"));
             }
+            Ok(recovery)
         }
     }
 }

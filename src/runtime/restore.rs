@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::claim::Claim;
 use super::stage::{NewMember, Source, StageError, Staged, is_left};
 use crate::log::{BOOTSTRAP, HardState, Identity, Log, Mark};
 use crate::mvcc::Revision;
@@ -73,7 +74,7 @@ pub struct Restored {
 }
 
 /// Makes a data directory from a file. Blocks. `progress` is told how many of how many rows of
-/// keys were carried over.
+/// keys were carried over. From before the file is read no server starts on the directory.
 ///
 /// # Errors
 /// [`RestoreError`]. Nothing was written, or what was written is gone.
@@ -83,6 +84,12 @@ pub fn restore(
 ) -> Result<Restored, RestoreError> {
     let this = restore.initial_cluster.iter().find(|(name, _)| *name == restore.name);
     let (_, urls) = this.ok_or_else(|| RestoreError::NotInCluster(restore.name.clone()))?;
+    check_directories(restore)?;
+    let failed =
+        |error| StageError::Directory { action: "claim", path: restore.data_dir.clone(), error };
+    let claim = Claim::of(&restore.data_dir, true).map_err(failed)?;
+    let claim = claim.ok_or_else(|| StageError::InUse(restore.data_dir.clone()))?;
+    // Whoever had it in between may have made a member.
     check_directories(restore)?;
     let mut source = Source::open(&restore.file, restore.skip_hash_check)?;
     if restore.disable_auth {
@@ -105,7 +112,7 @@ pub fn restore(
         bumped: bumped(source.contents.last, restore.bump_revision)?,
     };
     let records = source.contents.records;
-    let mut staged = Staged::begin(&restore.data_dir)?;
+    let mut staged = Staged::begin(&claim)?;
     let log_dir = restore.wal_dir.as_deref();
     staged.fill(&source, &member, log_dir, true, &mut |done| progress(done, records))?;
     staged.finish()?;

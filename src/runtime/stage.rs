@@ -10,7 +10,8 @@
 //! It is made within the data directory, which may be a file system of its own. A kill leaves
 //! `member.new`: without `CURRENT` it is refused by a start, for somebody wanted this data
 //! served and not an empty member; with `CURRENT` it is complete, and a start gives it its name
-//! ([`complete`]). Whoever makes a member again removes what was left before.
+//! ([`complete`]). Whoever makes a member again removes what was left before. Meanwhile the data
+//! directory is claimed ([`Claim`]), so that what lies there was left, and is nobody's work under way.
 //!
 //! The database is read twice: the first time nothing is written, and everything that can be
 //! wrong with it is found ([`Source::open`]).
@@ -23,11 +24,11 @@ use std::thread;
 
 use prost::Message as _;
 
+use super::claim::Claim;
 use super::records;
 use crate::backup::decode::{self, Contents, DecodeError, major_minor};
 use crate::backup::file::{FileError, SnapshotFile};
 use crate::bolt::read::Database;
-use crate::file_lock::FileLock;
 use crate::log::{
     HardState, Identity, Log, LogError, LogStore as _, Mark, Options, SEGMENT_BYTES_DEFAULT,
 };
@@ -41,8 +42,6 @@ use crate::version::ETCD_STORAGE_VERSION;
 const STAGED: &str = "member.new";
 /// What it is called in the end.
 const MEMBER: &str = "member";
-/// The file in it that says that it is complete; see `DiskGenerations`.
-const LOCK: &str = "LOCK";
 /// Records are written in runs of so many bytes, or of so many records.
 const RUN_BYTES: usize = 8 << 20;
 const RUN_RECORDS: usize = 1 << 16;
@@ -81,7 +80,10 @@ pub enum StageError {
     #[error("{} has changed while it was read: use a copy that nobody writes to", .0.display())]
     Changed(PathBuf),
     /// Somebody else makes a member here.
-    #[error("{} is in use by another restore or import: wait until it is done", .0.display())]
+    #[error(
+        "data-dir {} is in use: a server starts on it, or another restore fills it. Stop that server, \
+         or wait until the other is done, and run this again, or with another --data-dir", .0.display()
+    )]
     InUse(PathBuf),
     /// A directory cannot be used.
     #[error("cannot {action} {}: {error}", path.display())]
@@ -96,12 +98,53 @@ pub enum StageError {
     /// The log's directory holds the log of a member that has run.
     #[error("{} holds a log of kvorum: set --wal-dir to an empty directory", .0.display())]
     LogInUse(PathBuf),
+    /// The disk is full, or refused. (What the storage and the log say of it is for a member that
+    /// runs, and would be wrong here.)
+    #[error(
+        "cannot {action} {}: {error}. Free space there, or repair the disk, and run this again: \
+         nothing is left of this attempt", path.display()
+    )]
+    Disk {
+        /// What was tried.
+        action: String,
+        /// With which file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        error: io::Error,
+    },
     /// The checkpoint cannot be written.
     #[error(transparent)]
-    Storage(#[from] StorageError),
+    Storage(StorageError),
     /// The log cannot be begun.
     #[error(transparent)]
-    Log(#[from] LogError),
+    Log(LogError),
+}
+
+impl From<StorageError> for StageError {
+    fn from(error: StorageError) -> StageError {
+        match error {
+            StorageError::Io { dir: path, action, source: error } => {
+                StageError::Disk { action: format!("{action} in"), path, error }
+            }
+            error => StageError::Storage(error),
+        }
+    }
+}
+
+impl From<LogError> for StageError {
+    fn from(error: LogError) -> StageError {
+        match error {
+            LogError::NoSpace { file: path } => {
+                let error = rustix::io::Errno::NOSPC.into();
+                StageError::Disk { action: "write".to_owned(), path, error }
+            }
+            LogError::Io { action, path, source } => {
+                let error = io::Error::new(source.kind(), source);
+                StageError::Disk { action: action.to_owned(), path, error }
+            }
+            error => StageError::Log(error),
+        }
+    }
 }
 
 /// A database whose content is in order.
@@ -234,6 +277,14 @@ pub fn is_left(data_dir: &Path) -> io::Result<bool> {
     data_dir.join(STAGED).try_exists()
 }
 
+/// Whether it was completed.
+///
+/// # Errors
+/// What the disk says.
+pub fn is_complete(data_dir: &Path) -> io::Result<bool> {
+    DiskGenerations::current(&data_dir.join(STAGED)).try_exists()
+}
+
 /// Gives a member its name that was completed before the process ended. Returns whether what
 /// lies there now was not completed.
 ///
@@ -244,8 +295,7 @@ pub fn complete(data_dir: &Path) -> io::Result<bool> {
     if !staged.try_exists()? {
         return Ok(false);
     }
-    let is_complete = DiskGenerations::current(&staged).try_exists()?;
-    if !is_complete || data_dir.join(MEMBER).try_exists()? {
+    if !is_complete(data_dir)? || data_dir.join(MEMBER).try_exists()? {
         return Ok(true);
     }
     name(data_dir)?;
@@ -271,41 +321,22 @@ pub struct Staged {
 }
 
 impl Staged {
-    /// Begins to make a member in a data directory, which is made if need be. What an earlier
-    /// attempt has left is removed.
+    /// Begins to make a member in a data directory. What an earlier attempt has left is removed.
     ///
     /// # Errors
-    /// [`StageError::Directory`], [`StageError::InUse`].
-    pub fn begin(data_dir: &Path) -> Result<Staged, StageError> {
+    /// [`StageError::Directory`].
+    pub fn begin(claim: &Claim) -> Result<Staged, StageError> {
+        let data_dir = claim.data_dir();
         let dir = data_dir.join(STAGED);
         let failed = |action| {
             let path = dir.clone();
             move |error| StageError::Directory { action, path, error }
         };
         if dir.try_exists().map_err(failed("look for"))? {
-            // Somebody who fills it holds the lock.
-            let lock = FileLock::acquire(&dir.join(LOCK)).map_err(failed("lock"))?;
-            lock.ok_or_else(|| StageError::InUse(dir.clone()))?;
             fs::remove_dir_all(&dir).map_err(failed("remove what an earlier attempt left in"))?;
         }
-        let mut staged =
-            Staged { data_dir: data_dir.to_owned(), dir: dir.clone(), made: Vec::new() };
-        let is_there = data_dir.try_exists().map_err(failed("make"))?;
-        let mut builder = fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(data_dir).map_err(failed("make"))?;
-        if !is_there {
-            staged.made.push(data_dir.to_owned());
-        }
-        // Two that begin at once must not take it for theirs.
-        match builder.recursive(false).create(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                return Err(StageError::InUse(dir));
-            }
-            made => made.map_err(failed("make"))?,
-        }
-        staged.made.push(dir.clone());
-        Ok(staged)
+        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(failed("make"))?;
+        Ok(Staged { data_dir: data_dir.to_owned(), made: vec![dir.clone()], dir })
     }
 
     /// Fills it: a checkpoint, a log, and what says that it is complete. `log_dir` is where
@@ -400,6 +431,9 @@ impl Staged {
         }
         log.install(member.mark, member.hard_state)?;
         log.close()?;
+        if log_dir.is_some() {
+            Log::guard(&self.dir.join("wal"));
+        }
         Ok(())
     }
 
@@ -432,12 +466,7 @@ impl Drop for Staged {
     fn drop(&mut self) {
         for path in self.made.drain(..).rev() {
             // What cannot be removed is refused by a start, and removed by the next attempt.
-            // The data directory itself goes only if nothing else is in it.
-            let _ = if path == self.data_dir {
-                fs::remove_dir(&path)
-            } else {
-                fs::remove_dir_all(&path)
-            };
+            let _ = fs::remove_dir_all(&path);
         }
     }
 }

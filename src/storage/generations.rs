@@ -27,8 +27,9 @@
 //!
 //! Without `CURRENT` no checkpoint ever counted: the member is new, and what lies there
 //! was begun by a start that did not get far. That this is so, and `CURRENT` not lost, is
-//! for the caller to know before it calls [`DiskGenerations::begin_first`]. Nothing is
-//! removed before the checkpoint that counts was opened.
+//! for the caller to know before it calls [`DiskGenerations::begin_first`], as it is which one is
+//! to be named again ([`DiskGenerations::name`]). Nothing is removed before the checkpoint that counts
+//! was opened.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -153,10 +154,7 @@ impl DiskGenerations {
             .and_then(|file| file.take(CURRENT_BYTES_MAX).read_to_end(&mut text))
             .map_err(|error| generations.io("read CURRENT", error))?;
         generations.number = read_current(&text).map_err(|bad| match bad {
-            BadCurrent::Damaged => StorageError::Damaged {
-                dir: member_dir.to_owned(),
-                detail: format!("its file {CURRENT} does not name a checkpoint"),
-            },
+            BadCurrent::Damaged => StorageError::CurrentDamaged { dir: member_dir.to_owned() },
             BadCurrent::Newer(found) => {
                 StorageError::NewerFormat { dir: current.clone(), found, known: FORMAT }
             }
@@ -187,6 +185,28 @@ impl DiskGenerations {
     pub fn counting(&self) -> Option<PathBuf> {
         let text = fs::read(self.member_dir.join(CURRENT)).ok()?;
         Some(self.dir(read_current(&text).ok()?)).filter(|dir| dir.is_dir())
+    }
+
+    /// All that `CURRENT` may have named, with their numbers, in order.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn all(&self) -> Result<Vec<(u64, PathBuf)>, StorageError> {
+        let found = checkpoints(&self.member_dir);
+        let found = found.map_err(|error| self.io("look for checkpoints", error))?;
+        let dirs = found.into_iter().filter(|path| path.is_dir());
+        let mut all: Vec<_> = dirs.filter_map(|dir| Some((number_of(&dir)?, dir))).collect();
+        all.sort();
+        Ok(all)
+    }
+
+    /// The checkpoint of this number counts from now on, durably, after it could not be told which
+    /// one does.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn name(&mut self, number: u64) -> Result<(), StorageError> {
+        self.switch_to(number)
     }
 
     /// An empty checkpoint that is to take the place of the damaged one. What an earlier
@@ -266,6 +286,19 @@ impl DiskGenerations {
 
     fn io(&self, action: &'static str, source: io::Error) -> StorageError {
         StorageError::Io { dir: self.member_dir.clone(), action, source }
+    }
+
+    fn switch_to(&mut self, number: u64) -> Result<(), StorageError> {
+        let temporary = self.member_dir.join(format!("{CURRENT}.tmp"));
+        let written = self.write_temporary(&temporary, number);
+        written.map_err(|error| self.io("write CURRENT", error))?;
+        let current = self.member_dir.join(CURRENT);
+        fs::rename(&temporary, current).map_err(|error| self.io("replace CURRENT", error))?;
+        // From here on only a new start can tell which one counts.
+        self.number = number;
+        let synced = File::open(&self.member_dir).and_then(|dir| dir.sync_all());
+        // That there is no space would be a reason to go on as before, which is not so.
+        synced.map_err(|error| self.io("sync CURRENT", io::Error::other(error)))
     }
 
     fn write_temporary(&self, path: &Path, number: u64) -> io::Result<()> {
@@ -355,16 +388,7 @@ impl Generations for DiskGenerations {
     }
 
     fn switch(&mut self) -> Result<(), StorageError> {
-        let next = self.number + 1;
-        let temporary = self.member_dir.join(format!("{CURRENT}.tmp"));
-        self.write_temporary(&temporary, next).map_err(|error| self.io("write CURRENT", error))?;
-        let current = self.member_dir.join(CURRENT);
-        fs::rename(&temporary, current).map_err(|error| self.io("replace CURRENT", error))?;
-        // From here on only a new start can tell which one counts.
-        self.number = next;
-        let synced = File::open(&self.member_dir).and_then(|dir| dir.sync_all());
-        // That there is no space would be a reason to go on as before, which is not so.
-        synced.map_err(|error| self.io("sync CURRENT", io::Error::other(error)))
+        self.switch_to(self.number + 1)
     }
 
     fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {

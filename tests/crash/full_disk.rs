@@ -4,6 +4,7 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,7 @@ use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
 use crate::common::rng::Rng;
+use crate::common::server;
 use crate::disk::{self, Disk};
 use crate::history::{Changes, History, PREFIX};
 use crate::load::{Load, Mix};
@@ -37,6 +39,12 @@ const DISK_FULL: &str = "kvorum: the disk is almost full: writes that take space
 const FILL_VALUE_BYTES: usize = 256 << 10;
 /// How long a disk stays full while checkpoints are due every second.
 const FULL_FOR: Duration = Duration::from_millis(2500);
+
+/// Free bytes on a disk on which what is restored has no room: not for the first of its keys, not
+/// for the last, not for the log.
+const TOO_FEW_BYTES: [u64; 3] = [1 << 20, 12 << 20, 17 << 20];
+/// And on which it has.
+const ENOUGH_BYTES: u64 = 64 << 20;
 
 /// A server on a small disk, clients' memory of it, and a watcher.
 struct Rig {
@@ -388,4 +396,50 @@ fn a_checkpoint_that_ran_into_the_end_of_its_disk_is_opened_anew() {
             assert!(value.len() == 300 << 10 && value.iter().all(|&byte| byte == number as u8));
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_says_what_to_do_and_leaves_nothing() {
+    if let Some(reason) = disk::unavailable() {
+        println!("a restore on a full disk: skipped: {reason}");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let mut node = Node::new(&at("data"), &at("log"), &[]);
+    node.start();
+    let mut kv = KvClient::new(node.channel());
+    for number in 0..64 {
+        let value = vec![number; FILL_VALUE_BYTES];
+        let key = format!("key {number}");
+        let put = PutRequest { key: key.into(), value: value.into(), ..PutRequest::default() };
+        kv.put(put).await.unwrap();
+    }
+    let run = |arguments: &[&str]| {
+        let output = Command::new(server::kvorum()).arg("snapshot").args(arguments).output();
+        let output = output.unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let saved = at("saved");
+    let saved = saved.to_str().unwrap();
+    let (is_saved, said) = run(&["save", saved, &format!("--endpoints={}", node.url())]);
+    assert!(is_saved, "{said}");
+    let disk = Disk::tmpfs(ENOUGH_BYTES);
+    let data_dir = disk.path().join("data");
+    let restore = ["restore", saved, "--data-dir", data_dir.to_str().unwrap()];
+    for free_bytes in TOO_FEW_BYTES {
+        let filler = disk.path().join("filler");
+        fs::write(&filler, vec![1; (ENOUGH_BYTES - free_bytes) as usize]).unwrap();
+        let (is_restored, said) = run(&restore);
+        println!("{free_bytes} bytes free: {said}");
+        assert!(!is_restored, "{free_bytes} bytes are enough");
+        for words in [data_dir.to_str().unwrap(), "No space left", "Free space", "run this again"] {
+            assert!(said.contains(words), "{free_bytes}: {words:?} is not in {said}");
+        }
+        assert!(!said.contains("start the member") && !said.contains("panicked"), "{said}");
+        fs::remove_file(&filler).unwrap();
+        assert_eq!(fs::read_dir(disk.path()).unwrap().count(), 0, "something is left");
+    }
+    let (is_restored, said) = run(&restore);
+    assert!(is_restored, "{said}");
 }

@@ -4,6 +4,8 @@
 //! * [`heal`]: a member of a cluster whose checkpoint is damaged fetches the state from a peer.
 //! * [`mutated`]: 200 seeds of damage to a single member's directory; each is refused by name, or
 //!   nothing is lost. `KVORUM_MUTATION_SEEDS=7..8` shows one again.
+//! * [`current`]: the file that names the checkpoint that counts is made anew, or the start refused.
+//! * [`etcds`]: an etcd that is started there by mistake refuses, and changes nothing.
 //! * [`formats`]: directories of released versions, kept here, are opened.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "this is test code")]
@@ -12,6 +14,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod current;
+mod etcds;
 mod formats;
 mod heal;
 mod mutated;

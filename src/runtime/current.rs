@@ -1,0 +1,174 @@
+//! A single member whose file `CURRENT` is damaged or missing, while its checkpoint is intact.
+//!
+//! ```text
+//! ckpt-3  intact, and the log goes on from it   ─┐ exactly one such: CURRENT names it again
+//! ckpt-4  never finished: it has no head         ┘
+//! ckpt-3  intact     ckpt-4  intact, or damaged  ── refused: the operator writes which one
+//! ```
+//!
+//! Members of clusters have peers, from whom they get what they lack as before ([`super::heal`]).
+//!
+//! # Why this is safe
+//!
+//! `CURRENT` says which checkpoint counts so that a start need not find out. It promises nothing that
+//! the log does not: whatever was acknowledged is in the log, and the log forgets an entry only when
+//! a durable checkpoint holds what it led to. Let *A* be the applied index in the head of a checkpoint.
+//!
+//! * **One that has a head is whole.** In a checkpoint that is filled at once the head is in the last
+//!   batch, behind everything it speaks of; in one that is continued it is replaced in one batch with all
+//!   that is not a record, behind the records, and records above it are deleted when it is read. Each
+//!   record has a checksum, the records of each table are counted in the batch, and the mark
+//!   beside them says how many batches were synced. All of that is read here, as recovery does it. So
+//!   what is read is the state as of *A*, and not a mixture; one that was begun and not finished has no
+//!   head, and never counted.
+//! * **Each is the state of the same history.** It is of the log's member, and its last entry is the
+//!   log's: *(A, term)* is where the log starts, or an entry of it. By Log Matching all before is the
+//!   same, and a member applies only what is committed.
+//! * **So each leads to the same state.** That is a function of the entries 1 … *A*, and then of those
+//!   that the log holds behind *A*: all of them, since the log starts at *A* or before. An older one
+//!   makes a start longer, and nothing else. One that the log does not reach back to is not taken,
+//!   however intact; nor one that goes further than the log, whose end is missing then.
+//!
+//! With that any of several would do as well. That there are several intact ones, or a damaged one
+//! beside, is not what a single fault leaves, however: somebody should look before all but one of them
+//! are removed, as leftovers are.
+//!
+//! One that was installed, as another member's snapshot, may let the log begin anew, which must not
+//! happen to one that never counted: it is not taken. What `CURRENT` says beside the name is the format
+//! of the data directory, which is lost with it; log and checkpoint have formats of their own, and are
+//! refused if they are of a later version.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::records::{self, RecoverError};
+use super::recover::{OnDisk, OpenError};
+use crate::log::{Entry, Identity, Log, LogError, Mark};
+use crate::pb::kvorumpb::CheckpointHead;
+use crate::storage::{DiskGenerations, SledStorage, StorageError};
+
+/// What a directory of the name of a checkpoint holds.
+enum Candidate {
+    /// It was begun, and cannot have counted.
+    Unfinished,
+    /// All of it can be read.
+    Intact { head: CheckpointHead, members: usize },
+    /// Not so.
+    Damaged(StorageError),
+}
+
+/// Makes `CURRENT` name the checkpoint that counts, when `error`, for which a member could not be
+/// opened, is that it names none. Returns whether it does now; otherwise nothing was changed, and
+/// `error` stands. Blocks on the disk.
+///
+/// # Errors
+/// [`OpenError::SeveralCheckpoints`]; or what the disk says.
+pub(super) fn repair(disk: &OnDisk<'_>, error: &OpenError) -> Result<bool, OpenError> {
+    let mut generations = DiskGenerations::of_damaged(&disk.member_dir)?;
+    let (mut intact, mut found) = (Vec::new(), Vec::new());
+    for (number, dir) in generations.all()? {
+        let name = format!("ckpt-{number}");
+        match examine(&dir)? {
+            Candidate::Unfinished => {}
+            Candidate::Intact { members, .. } if members > 1 => return Ok(false),
+            Candidate::Intact { head, .. } => {
+                found.push(format!("{name} holds entries up to {}", head.applied_index));
+                intact.push((number, dir, head));
+            }
+            Candidate::Damaged(error) => found.push(format!("{name} cannot be read ({error})")),
+        }
+    }
+    if found.len() > 1 && !intact.is_empty() {
+        return Err(several(disk, found, &intact));
+    }
+    let Some((number, dir, head)) = intact.pop() else { return Ok(false) };
+    if !joins(disk, &dir, &head)? {
+        return Ok(false);
+    }
+    generations.name(number)?;
+    tracing::warn!(
+        %error,
+        checkpoint = %dir.display(),
+        applied_index = head.applied_index,
+        "CURRENT was made anew: it names the only checkpoint there is, which is intact, and which the \
+         raft log goes on from. Check the disk"
+    );
+    Ok(true)
+}
+
+fn examine(dir: &Path) -> Result<Candidate, OpenError> {
+    let failed = |source| StorageError::Io { dir: dir.to_owned(), action: "read", source };
+    // To open it would begin one there.
+    if fs::read_dir(dir).map_err(failed)?.next().is_none() {
+        return Ok(Candidate::Unfinished);
+    }
+    match read(dir) {
+        Ok(candidate) => Ok(candidate),
+        Err(RecoverError::Storage(error)) if !error.is_damage() => Err(error.into()),
+        Err(RecoverError::Storage(error)) => Ok(Candidate::Damaged(error)),
+        Err(error @ RecoverError::Record { .. }) => {
+            let detail = error.to_string();
+            Ok(Candidate::Damaged(StorageError::Damaged { dir: dir.to_owned(), detail }))
+        }
+    }
+}
+
+fn read(dir: &Path) -> Result<Candidate, RecoverError> {
+    let mut storage = SledStorage::open(dir)?;
+    if !records::has_head(&storage)? {
+        return Ok(Candidate::Unfinished);
+    }
+    let restored = records::recover(&mut storage)?;
+    Ok(Candidate::Intact { head: restored.head, members: restored.members.len() })
+}
+
+/// Whether the log goes on from a checkpoint. One that it does not go on from is refused here: when it
+/// was opened its end was judged by what this checkpoint knows of it.
+fn joins(disk: &OnDisk<'_>, dir: &Path, head: &CheckpointHead) -> Result<bool, OpenError> {
+    if head.installed || !Log::exists(&disk.log_dir)? {
+        return Ok(false);
+    }
+    let identity = Identity { cluster_id: head.cluster_id, member_id: head.member_id };
+    let applied = Mark { index: head.applied_index, term: head.applied_term };
+    let log = match Log::open(disk.log_options(identity, applied.index)) {
+        Ok((_, log)) => log,
+        Err(LogError::Damaged { .. } | LogError::Missing { .. }) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    if log.identity != identity {
+        return Err(OpenError::OtherMember {
+            log: disk.log_dir.clone(),
+            of_log: log.identity,
+            data: disk.data_dir.to_owned(),
+            of_checkpoint: identity,
+        });
+    }
+    if applied.index < log.start.index {
+        return Err(OpenError::CheckpointTooOld {
+            checkpoint: dir.to_owned(),
+            applied: applied.index,
+            log: disk.log_dir.clone(),
+            start: log.start.index,
+        });
+    }
+    let is_last = |entry: &Entry| (entry.index, entry.term) == (applied.index, applied.term);
+    if log.start == applied || log.entries.iter().any(is_last) {
+        return Ok(true);
+    }
+    let (checkpoint, log) = (dir.to_owned(), disk.log_dir.clone());
+    Err(OpenError::OtherHistory { checkpoint, applied: applied.index, log })
+}
+
+fn several(
+    disk: &OnDisk<'_>,
+    found: Vec<String>,
+    intact: &[(u64, PathBuf, CheckpointHead)],
+) -> OpenError {
+    let furthest = intact.iter().max_by_key(|(.., head)| head.applied_index);
+    OpenError::SeveralCheckpoints {
+        current: DiskGenerations::current(&disk.member_dir),
+        found: found.join("; "),
+        furthest: furthest.map_or_else(String::new, |(number, ..)| format!("ckpt-{number}")),
+        data: disk.data_dir.to_owned(),
+    }
+}

@@ -1,0 +1,174 @@
+//! A single member whose `CURRENT` is damaged or missing: the one intact checkpoint that the log goes
+//! on from is served; what cannot be told is refused, and never an old state served.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use kvorum::storage::{Batch, DiskGenerations, Generations as _, Table};
+use kvorum::{Config, Server};
+use tempfile::TempDir;
+
+use crate::rig::{checkpoint, config, copy_dir, everything, hash, named, put, soon};
+
+/// A stopped member, whose log was truncated.
+struct Member {
+    dir: TempDir,
+    /// Its checkpoint.
+    counts: PathBuf,
+    /// As it was long before, when the log still reached back to it.
+    old: PathBuf,
+    hash: (u32, i64, i64),
+}
+
+/// A way in which nothing says any more which checkpoint counts.
+type Loss = (&'static str, fn(&Path));
+
+const LOSSES: &[Loss] = &[
+    // It may be gone already.
+    ("gone", |current| fs::write(current, "").and_then(|()| fs::remove_file(current)).unwrap()),
+    ("nonsense", |current| fs::write(current, [0xff; 30]).unwrap()),
+    ("empty", |current| fs::write(current, "").unwrap()),
+];
+
+fn truncated(data_dir: &Path) -> Config {
+    Config { snapshot_count: 20, snapshot_catchup_entries: 5, ..config(data_dir) }
+}
+
+impl Member {
+    async fn stopped() -> Member {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = dir.path().join("data");
+        let old = dir.path().join("old");
+        let mut of_all = (0, 0, 0);
+        for life in 0..2 {
+            let server = start(&data_dir).await.expect("it starts");
+            for number in 0..90 {
+                put(&server, &format!("key {}", number % 30), &format!("{life} {number}")).await;
+            }
+            of_all = hash(&server).await;
+            soon("a shutdown", server.shutdown()).await.unwrap();
+            if life == 0 {
+                copy_dir(&checkpoint(&data_dir), &old);
+            }
+        }
+        Member { counts: checkpoint(&data_dir), dir, old, hash: of_all }
+    }
+
+    fn data_dir(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    fn current(&self) -> PathBuf {
+        self.data_dir().join("member/CURRENT")
+    }
+
+    /// The name of the checkpoint after the one that counts.
+    fn next(&self) -> PathBuf {
+        let name = self.counts.file_name().unwrap().to_str().unwrap();
+        let number: u64 = name.strip_prefix("ckpt-").unwrap().parse().unwrap();
+        self.counts.with_file_name(format!("ckpt-{}", number + 1))
+    }
+
+    async fn assert_served(&self, what: &str) {
+        let server =
+            start(&self.data_dir()).await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(hash(&server).await, self.hash, "{what}");
+        assert_eq!(everything(&server).await.count, 30, "{what}");
+        soon("a shutdown", server.shutdown()).await.unwrap();
+        assert_eq!(named(&self.data_dir(), "damaged-").len(), 0, "{what}");
+        assert_eq!(checkpoint(&self.data_dir()), self.counts, "{what}");
+    }
+
+    async fn assert_refused(&self, words: &[&str], what: &str) {
+        let there = named(&self.data_dir(), "ckpt-");
+        let error = start(&self.data_dir()).await.err();
+        let error = error.unwrap_or_else(|| panic!("{what}: it must not start"));
+        for words in words {
+            assert!(error.contains(words), "{what}: {words:?} is not in {error}");
+        }
+        assert_eq!(named(&self.data_dir(), "ckpt-"), there, "{what}: nothing is removed");
+    }
+}
+
+async fn start(data_dir: &Path) -> Result<Server, String> {
+    let started = soon("a start", Server::start(truncated(data_dir))).await;
+    started.map_err(|error| error.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_only_checkpoint_is_named_again() {
+    let member = Member::stopped().await;
+    for (what, lose) in LOSSES {
+        lose(&member.current());
+        member.assert_served(what).await;
+        // Beside a copy that somebody keeps there, whose name is none of a checkpoint.
+        copy_dir(&member.old, &member.counts.with_extension("bak"));
+        lose(&member.current());
+        member.assert_served(what).await;
+        // Beside one that was begun, as a rewrite leaves it that was killed: with nothing in it yet, and with
+        // some of the records.
+        for records in [None, Some(7_u8)] {
+            if let Some(records) = records {
+                let (mut generations, _) =
+                    DiskGenerations::open(&member.data_dir().join("member")).unwrap();
+                let mut next = generations.begin().unwrap();
+                let mut batch = Batch::new();
+                for number in 0..records {
+                    batch.put(Table::Mvcc, vec![number; 16], vec![0; 100]);
+                }
+                next.write(batch).unwrap();
+            } else {
+                fs::create_dir(member.next()).unwrap();
+            }
+            lose(&member.current());
+            member.assert_served(&format!("{what}, {records:?} records of another")).await;
+            assert!(!member.next().exists());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_several_the_operator_names_one() {
+    let member = Member::stopped().await;
+    let of_counts = member.counts.file_name().unwrap().to_str().unwrap().to_owned();
+    let of_next = member.next().file_name().unwrap().to_str().unwrap().to_owned();
+    let current = member.current();
+    let echo = format!("echo {of_counts} > {}", current.display());
+    for (what, lose) in LOSSES {
+        // One that goes less far, and one that cannot be read: each may be what CURRENT named.
+        copy_dir(&member.old, &member.next());
+        for is_damaged in [false, true] {
+            if is_damaged {
+                fs::write(member.next().join("db"), "not what it was").unwrap();
+            }
+            lose(&current);
+            let what = format!("{what}, damaged: {is_damaged}");
+            for _ in 0..2 {
+                member.assert_refused(&[&of_counts, &of_next, &echo, "copy"], &what).await;
+            }
+        }
+        fs::write(&current, format!("{of_counts}\n")).unwrap();
+        member.assert_served(what).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_or_damaged_checkpoint_is_not_named() {
+    let member = Member::stopped().await;
+    let kept = member.dir.path().join("kept");
+    fs::rename(&member.counts, &kept).unwrap();
+    for (what, lose) in LOSSES {
+        // The log does not reach back to it.
+        copy_dir(&member.old, &member.counts);
+        lose(&member.current());
+        member.assert_refused(&["restore", "is an older one than this log's"], what).await;
+        fs::write(member.counts.join("db"), "not what it was").unwrap();
+        member.assert_refused(&["restore", "CURRENT"], what).await;
+        fs::remove_dir_all(&member.counts).unwrap();
+        member.assert_refused(&["restore", "CURRENT"], what).await;
+        // Its own, put back, is.
+        copy_dir(&kept, &member.counts);
+        member.assert_served(what).await;
+        fs::remove_dir_all(&member.counts).unwrap();
+    }
+}
