@@ -565,6 +565,13 @@ pub(crate) struct UnderWay {
     pub(crate) installing: Option<Installing>,
 }
 
+#[cfg(test)]
+impl UnderWay {
+    pub(crate) fn waits_for_space(&self) -> bool {
+        self.cut.is_some()
+    }
+}
+
 /// A cut on its way to the disk.
 struct WaitingCut {
     cut: Box<Cut>,

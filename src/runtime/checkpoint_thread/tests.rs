@@ -178,7 +178,7 @@ impl Generations for LosingGenerations {
 /// version would bring its key back.
 #[test]
 fn what_a_full_disk_undeletes_is_deleted_again() {
-    let disk = FaultyDisk::new();
+    let disk = FaultyDisk::without_frozen();
     let storage = Some(Box::new(disk.open()) as Box<dyn Storage>);
     let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
     let compact = |bench: &Bench, index, revision| {
@@ -224,7 +224,12 @@ fn what_a_full_disk_undeletes_is_deleted_again() {
 /// a crash in the middle of writing it must not bring back a version without its tombstone.
 #[test]
 fn a_crash_after_a_rewrite_brings_no_key_back() {
-    let disk = FaultyDisk::new();
+    for disk in [FaultyDisk::new(), FaultyDisk::without_frozen()] {
+        crash_after_rewrite(&disk);
+    }
+}
+
+fn crash_after_rewrite(disk: &FaultyDisk) {
     let storage = Some(Box::new(MemoryStorage::new()) as Box<dyn Storage>);
     let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
     bench.apply(1, put("k", 0));
