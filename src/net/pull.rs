@@ -205,7 +205,7 @@ mod tests {
         }
         fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
             if self.next == self.lost_at {
-                return Err(ImageLost);
+                return Err(ImageLost::Replaced);
             }
             self.next += 1;
             Ok(self.pieces.get(self.next - 1).cloned())

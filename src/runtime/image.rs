@@ -13,7 +13,9 @@
 //! is revoked in between would be missing while its keys are there). The records follow in
 //! steps, as handles, `VERSIONS_PER_STEP` at most and not many more bytes than make a frame. So
 //! a source holds less than a megabyte besides the leases, however large the state is.
-//! It pins its revision: compaction goes on, and what the source has yet to read is spared.
+//! It pins its revision: compaction goes on, and what the source has yet to read is spared. A
+//! receiver that takes it too slowly for that, attempts that go on included, is given up when
+//! what is spared becomes [too much](super::held).
 //!
 //! **Resuming.** The image is a function of the state at the source's revision. A source that
 //! must go back begins again, and makes the same bytes once more up to where the receiver is:
@@ -29,6 +31,7 @@ use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use prost::Message as _;
 
+use super::held::Held;
 use super::pins::{Pin, Pins};
 use super::records::{self, RecoverError};
 use crate::log::Mark;
@@ -59,6 +62,8 @@ pub struct Source {
     start: RecordsWalk,
     state: SharedState,
     pin: Pin,
+    /// What the pin keeps.
+    held: Held,
     progress: Progress,
 }
 
@@ -103,6 +108,7 @@ impl Source {
             leases: held.lessor().iter().map(|lease| lease.to_record()).collect(),
             auth: held.auth_rows(),
             pin: pins.pin(start.floor()),
+            held: Held::from(start.floor()),
             progress: Progress::new(start.clone()),
             start,
             state: SharedState(Arc::clone(state)),
@@ -134,11 +140,14 @@ impl Source {
             {
                 let state = self.state.0.read();
                 if self.pin.is_lost() {
-                    return Err(ImageLost);
+                    return Err(ImageLost::Replaced);
                 }
                 walk.step(state.store(), VERSIONS_PER_STEP, FRAME_BYTES, |record| {
                     found.push(record);
                 });
+            }
+            if self.held.is_too_much(&self.state.0) {
+                return Err(ImageLost::TooMuchHeld);
             }
             for (revision, tombstone, kv) in found {
                 writer.put(Table::Mvcc, &records::key(revision), [&[u8::from(tombstone)], &kv]);

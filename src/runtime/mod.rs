@@ -34,6 +34,7 @@ pub mod forwarder;
 pub mod gauges;
 pub mod hashes;
 pub mod heal;
+pub mod held;
 pub mod history;
 pub mod image;
 pub mod import;
