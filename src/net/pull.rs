@@ -100,8 +100,11 @@ pub fn offer<I: Image>(mut image: I, bytes_per_sec: u64, hold: impl Send + 'stat
                 Ok(Some(data)) => Some(Part::Data(data)),
                 Ok(None) => Some(Part::End(image.offset())),
                 Err(lost) => {
-                    let _ = chunks.send(Err(Status::aborted(lost.to_string()))).await;
-                    None
+                    // What it keeps goes at once: nobody need take the news.
+                    drop(image);
+                    let lost = Err(Status::aborted(lost.to_string()));
+                    let _ = timeout(STALL_MAX, chunks.send(lost)).await;
+                    return;
                 }
             };
         }
@@ -171,6 +174,7 @@ mod tests {
     use std::future::{Ready, ready};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
 
     use bytes::Bytes;
     use tonic::Response;
@@ -300,8 +304,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_asked_and_takes_nothing_is_given_up() {
-        /// Never ends.
-        struct Endless(Arc<AtomicU64>);
+        /// Ends never, or by being lost after so many chunks.
+        struct Endless(Arc<AtomicU64>, u64);
         impl Image for Endless {
             fn id(&self) -> u64 {
                 1
@@ -317,18 +321,30 @@ mod tests {
             }
             fn restart(&mut self) {}
             fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
-                self.0.fetch_add(1, Ordering::Relaxed);
-                Ok(Some("x".into()))
+                match self.0.fetch_add(1, Ordering::Relaxed) < self.1 {
+                    true => Ok(Some("x".into())),
+                    false => Err(ImageLost::TooMuchHeld),
+                }
             }
         }
-        let (made, held) = (Arc::new(AtomicU64::new(0)), Arc::new(()));
-        let chunks = offer(Endless(Arc::clone(&made)), 0, Arc::clone(&held));
-        let began = tokio::time::Instant::now();
-        while Arc::strong_count(&held) > 1 {
-            tokio::time::sleep(STALL_MAX / 10).await;
+        let fit = CHUNKS_IN_FLIGHT as u64 - 1;
+        for (lost_after, keeps_until) in [(u64::MAX, STALL_MAX), (fit, Duration::ZERO)] {
+            let (made, held) = (Arc::new(AtomicU64::new(0)), Arc::new(()));
+            let chunks = offer(Endless(Arc::clone(&made), lost_after), 0, Arc::clone(&held));
+            let began = tokio::time::Instant::now();
+            let gone = async |what: &dyn Fn() -> bool| {
+                while !what() {
+                    assert!(began.elapsed() < 2 * STALL_MAX, "it is never given up");
+                    tokio::time::sleep(STALL_MAX / 10).await;
+                }
+                began.elapsed()
+            };
+            // With the image goes its pin.
+            let kept = gone(&|| Arc::strong_count(&made) == 1).await;
+            assert!(kept >= keeps_until && kept < keeps_until + STALL_MAX / 2, "{kept:?}");
+            assert!(gone(&|| Arc::strong_count(&held) == 1).await >= STALL_MAX);
+            assert!(made.load(Ordering::Relaxed) <= CHUNKS_IN_FLIGHT as u64 + 1);
+            drop(chunks);
         }
-        assert!(began.elapsed() >= STALL_MAX);
-        assert!(made.load(Ordering::Relaxed) <= CHUNKS_IN_FLIGHT as u64 + 1);
-        drop(chunks);
     }
 }
