@@ -601,26 +601,17 @@ impl Engine {
 
     /// Writes the checkpoint anew, so that the space of what was deleted and compacted
     /// goes back to the filesystem. Reads and writes go on meanwhile. Dropping the future
-    /// gives up the answer, not the work.
+    /// gives up the answer, and the work if it has not begun. Calls that wait while the
+    /// checkpoint is being written share the next one.
     ///
     /// # Errors
     /// [`Error::NoSpace`] when the disk has no room for the new one beside the old one,
     /// which stays in use; [`Error::Stopped`].
     pub async fn defragment(&self) -> Result<DefragmentResponse, Error> {
-        let began = Instant::now();
         let (done, written) = oneshot::channel();
         let asked = self.parts.checkpoint.send(CheckpointTask::Rewrite(done));
         asked.map_err(|_| Error::Stopped)?;
-        let metrics = Arc::clone(&self.parts.metrics);
-        metrics.disk_defrag_inflight.inc();
-        // A task, because the work goes on, and is counted, when the caller gives up.
-        let counted = tokio::spawn(async move {
-            let written = written.await.unwrap_or(Err(Error::Stopped));
-            metrics.disk_defrag_inflight.dec();
-            metrics.disk_backend_defrag_duration_seconds.observe(began.elapsed().as_secs_f64());
-            written
-        });
-        counted.await.unwrap_or(Err(Error::Stopped))?;
+        written.await.unwrap_or(Err(Error::Stopped))?;
         Ok(DefragmentResponse::default())
     }
 

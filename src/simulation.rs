@@ -41,6 +41,7 @@ use crate::runtime::leases::EXPIRES_UNASKED;
 use crate::runtime::raft_thread::reads::REUSES_CONTEXTS;
 use crate::runtime::records::HEAD_APART;
 use crate::state::TRUSTS_STALE_LEADERS;
+use crate::storage::{APPENDS_TO_LEFTOVERS, COUNTS_LEFTOVERS};
 
 /// Without `KVORUM_SIM_SEEDS`.
 const SEEDS: Range<u64> = 0..120;
@@ -58,6 +59,8 @@ enum Planted {
     ProgressAheadOfEvents,
     AppliedIndexApart,
     LeasesOfStaleLeaders,
+    FrozenWithoutBatch,
+    FrozenAfterLeftovers,
 }
 
 /// Why a life, or all of it, ends.
@@ -84,6 +87,8 @@ struct Summary {
     entries: u64,
     terms: u64,
     crashes: u64,
+    /// Stores that had run into the end of their disk.
+    reopened: u64,
     checked: Counts,
 }
 
@@ -95,6 +100,8 @@ fn live(seed: u64, planted: Planted) -> Result<Summary, String> {
     HEAD_APART.set(plant(Planted::AppliedIndexApart));
     TRUSTS_STALE_LEADERS.set(plant(Planted::LeasesOfStaleLeaders));
     EXPIRES_UNASKED.set(plant(Planted::LeasesOfStaleLeaders));
+    COUNTS_LEFTOVERS.set(plant(Planted::FrozenWithoutBatch));
+    APPENDS_TO_LEFTOVERS.set(plant(Planted::FrozenAfterLeftovers));
     let lived = catch_unwind(AssertUnwindSafe(|| World::new(seed, planted).live()));
     match lived {
         Ok(Ok(summary)) => Ok(summary),
@@ -171,6 +178,7 @@ fn no_seed_violates_what_must_be_true() {
                 all.entries += summary.entries;
                 all.terms += summary.terms;
                 all.crashes += summary.crashes;
+                all.reopened += summary.reopened;
                 all.checked.add(&summary.checked);
             }
             Err(violation) => {
@@ -188,6 +196,7 @@ fn no_seed_violates_what_must_be_true() {
     // A single seed may go without this or that.
     let least = if lived < 50 { 0 } else { lived / 2 };
     assert!(lived < 50 || all.checked.all_above(least), "little happened: {all:?}");
+    assert!(lived < 100 || all.reopened > 0, "no disk was full: {all:?}");
 }
 
 #[test]
@@ -239,4 +248,14 @@ fn finds_an_applied_index_outside_its_batch() {
 #[test]
 fn finds_leases_that_are_ended_by_stale_leaders() {
     finds(Planted::LeasesOfStaleLeaders, 2000);
+}
+
+#[test]
+fn finds_frozen_records_that_count_although_their_batch_was_lost() {
+    finds(Planted::FrozenWithoutBatch, 2000);
+}
+
+#[test]
+fn finds_frozen_records_that_are_put_behind_what_does_not_count() {
+    finds(Planted::FrozenAfterLeftovers, 2000);
 }

@@ -37,6 +37,8 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 
+#[cfg(test)]
+pub(crate) use faulty::{APPENDS_TO_LEFTOVERS, COUNTS_LEFTOVERS};
 pub use faulty::{FaultyDisk, FaultyStorage};
 pub use generations::{DiskGenerations, Generations, MemoryGenerations};
 pub use memory::MemoryStorage;
@@ -192,11 +194,11 @@ pub trait Storage: Send {
     /// keys, and after all that are there, from an iterator that may take its time. They take
     /// less space than others, and stay as they are: no batch may change a key up to
     /// [`Storage::frozen_to`]. They may become visible with the next batch, in which all of them
-    /// are written or none; where a storage does without this they are written in batches of
-    /// their own.
+    /// are written or none; where a storage does without this, or has others in that table that
+    /// are not frozen, they are written in batches of their own.
     ///
     /// # Errors
-    /// What the disk says.
+    /// What the disk says, or that they do not come in order.
     fn freeze(
         &mut self,
         records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,

@@ -66,7 +66,11 @@ impl Image for Lossy {
         self.source.restart();
     }
     fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
-        if self.source.offset() >= self.at { Err(ImageLost) } else { self.source.next_chunk() }
+        if self.source.offset() >= self.at {
+            Err(ImageLost::Replaced)
+        } else {
+            self.source.next_chunk()
+        }
     }
 }
 

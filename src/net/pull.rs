@@ -99,7 +99,10 @@ pub fn offer<I: Image>(mut image: I, bytes_per_sec: u64, hold: impl Send + 'stat
                 }
                 Ok(None) => Part::End(image.offset()),
                 Err(lost) => {
-                    let _ = chunks.send(Err(Status::aborted(lost.to_string()))).await;
+                    // What it keeps goes at once: nobody need take the news.
+                    drop(image);
+                    let lost = Err(Status::aborted(lost.to_string()));
+                    let _ = timeout(STALL_MAX, chunks.send(lost)).await;
                     return;
                 }
             };
@@ -170,6 +173,7 @@ mod tests {
     use std::future::{Ready, ready};
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
 
     use bytes::Bytes;
     use tonic::Response;
@@ -204,7 +208,7 @@ mod tests {
         }
         fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
             if self.next == self.lost_at {
-                return Err(ImageLost);
+                return Err(ImageLost::Replaced);
             }
             self.next += 1;
             Ok(self.pieces.get(self.next - 1).cloned())
@@ -299,8 +303,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_that_asked_and_takes_nothing_is_given_up() {
-        /// Never ends.
-        struct Endless(Arc<AtomicU64>);
+        /// Ends never, or by being lost after so many chunks.
+        struct Endless(Arc<AtomicU64>, u64);
         impl Image for Endless {
             fn id(&self) -> u64 {
                 1
@@ -316,18 +320,30 @@ mod tests {
             }
             fn restart(&mut self) {}
             fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
-                self.0.fetch_add(1, Ordering::Relaxed);
-                Ok(Some("x".into()))
+                match self.0.fetch_add(1, Ordering::Relaxed) < self.1 {
+                    true => Ok(Some("x".into())),
+                    false => Err(ImageLost::TooMuchHeld),
+                }
             }
         }
-        let (made, held) = (Arc::new(AtomicU64::new(0)), Arc::new(()));
-        let chunks = offer(Endless(Arc::clone(&made)), 0, Arc::clone(&held));
-        let began = tokio::time::Instant::now();
-        while Arc::strong_count(&held) > 1 {
-            tokio::time::sleep(STALL_MAX / 10).await;
+        let fit = CHUNKS_IN_FLIGHT as u64 - 1;
+        for (lost_after, keeps_until) in [(u64::MAX, STALL_MAX), (fit, Duration::ZERO)] {
+            let (made, held) = (Arc::new(AtomicU64::new(0)), Arc::new(()));
+            let chunks = offer(Endless(Arc::clone(&made), lost_after), 0, Arc::clone(&held));
+            let began = tokio::time::Instant::now();
+            let gone = async |what: &dyn Fn() -> bool| {
+                while !what() {
+                    assert!(began.elapsed() < 2 * STALL_MAX, "it is never given up");
+                    tokio::time::sleep(STALL_MAX / 10).await;
+                }
+                began.elapsed()
+            };
+            // With the image goes its pin.
+            let kept = gone(&|| Arc::strong_count(&made) == 1).await;
+            assert!(kept >= keeps_until && kept < keeps_until + STALL_MAX / 2, "{kept:?}");
+            assert!(gone(&|| Arc::strong_count(&held) == 1).await >= STALL_MAX);
+            assert!(made.load(Ordering::Relaxed) <= CHUNKS_IN_FLIGHT as u64 + 1);
+            drop(chunks);
         }
-        assert!(began.elapsed() >= STALL_MAX);
-        assert!(made.load(Ordering::Relaxed) <= CHUNKS_IN_FLIGHT as u64 + 1);
-        drop(chunks);
     }
 }

@@ -54,10 +54,19 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 /// Answers that wait for the transport.
 const PROGRESS_MAX: usize = 4;
 
-/// The state was replaced, and what is left of the image is not there any more.
+/// Why an image that was begun cannot be made to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the state was replaced while its image was being sent")]
-pub struct ImageLost;
+pub enum ImageLost {
+    /// What is left of it is not there any more.
+    #[error("the state was replaced while its image was being sent")]
+    Replaced,
+    /// It was taken so slowly that the memory it keeps is needed for others.
+    #[error(
+        "the image was given up, because too much that was compacted since it began waited for \
+         it; take it faster, or compact less often meanwhile"
+    )]
+    TooMuchHeld,
+}
 
 /// An image, made while it is sent. Its bytes are always the same.
 pub trait Image: Send + 'static {

@@ -96,7 +96,8 @@ pub enum CheckpointTask {
     /// Write this and make it durable.
     Write(Box<Cut>, CutReason),
     /// Write everything anew, give back the space of the old checkpoint, and answer:
-    /// [`Error::NoSpace`] when there is no space for both.
+    /// [`Error::NoSpace`] when there is no space for both. All that wait by then are answered at
+    /// once; for somebody who has gone nothing is done.
     Rewrite(oneshot::Sender<Result<(), Error>>),
     /// Replace the checkpoint, the state and the log by an image from another member.
     Install(Box<Install>),
@@ -296,9 +297,10 @@ impl CheckpointThread {
             {
                 return Ok(());
             }
-            let task = match &under_way.cut {
-                None => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(_) => self.tasks.recv_timeout(FULL_RETRY),
+            let task = match (under_way.passed.pop_front(), &under_way.cut) {
+                (Some(task), _) => Ok(task),
+                (None, None) => self.tasks.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                (None, Some(_)) => self.tasks.recv_timeout(FULL_RETRY),
             };
             if self.turn(task, &mut under_way)? == Flow::Stop {
                 return Ok(());
@@ -316,11 +318,7 @@ impl CheckpointThread {
             Ok(CheckpointTask::Write(cut, reason)) => {
                 under_way.cut = Some(WaitingCut { cut, reason, since: Instant::now() });
             }
-            Ok(CheckpointTask::Rewrite(done)) => {
-                let rewritten = self.rewrite_where_there_is_space()?;
-                // Whoever asked may have gone.
-                let _ = done.send(rewritten);
-            }
+            Ok(CheckpointTask::Rewrite(done)) => self.rewrite_for(done, &mut under_way.passed)?,
             Ok(CheckpointTask::Install(install)) => match self.begin_install(*install)? {
                 Some(installing) => under_way.installing = Some(installing),
                 None => return Ok(Flow::Stop),
@@ -338,6 +336,38 @@ impl CheckpointThread {
             self.rewrite_if_due()?;
         }
         Ok(Flow::GoOn)
+    }
+
+    /// Writes everything anew for all who wait for that, whatever waits between them: it is all
+    /// they want. What else there is to do is left in `passed`, in its order.
+    fn rewrite_for(
+        &mut self,
+        first: oneshot::Sender<Result<(), Error>>,
+        passed: &mut VecDeque<CheckpointTask>,
+    ) -> Result<(), StorageError> {
+        let mut waiting = vec![first];
+        passed.extend(self.tasks.try_iter());
+        for task in std::mem::take(passed) {
+            match task {
+                CheckpointTask::Rewrite(done) => waiting.push(done),
+                other => passed.push_back(other),
+            }
+        }
+        waiting.retain(|done| !done.is_closed());
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let began = Instant::now();
+        self.metrics.disk_defrag_inflight.set(1);
+        let rewritten = self.rewrite_where_there_is_space();
+        self.metrics.disk_defrag_inflight.set(0);
+        self.metrics.disk_backend_defrag_duration_seconds.observe(began.elapsed().as_secs_f64());
+        let rewritten = rewritten?;
+        for done in waiting {
+            // Whoever asked may have gone meanwhile.
+            let _ = done.send(rewritten.clone());
+        }
+        Ok(())
     }
 
     /// Writes a cut if there is space for it; `false` if there is none. Nothing is lost
@@ -567,8 +597,17 @@ pub(crate) enum CheckpointError {
 #[derive(Default)]
 pub(crate) struct UnderWay {
     cut: Option<WaitingCut>,
+    /// Comes before the tasks that have yet to be received.
+    passed: VecDeque<CheckpointTask>,
     /// Nothing else is done before it is.
     pub(crate) installing: Option<Installing>,
+}
+
+#[cfg(test)]
+impl UnderWay {
+    pub(crate) fn waits_for_space(&self) -> bool {
+        self.cut.is_some()
+    }
 }
 
 /// A cut on its way to the disk.

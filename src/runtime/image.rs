@@ -14,7 +14,9 @@
 //! order of their revisions, as a checkpoint keeps them, in steps of `RECORDS_PER_STEP` at most
 //! and not many more bytes than make a frame. So a source holds, besides the leases, no more than
 //! a walk does ([`RevisionWalk`]), however large the state is. It pins its revision: compaction
-//! goes on, and what the source has yet to read is spared.
+//! goes on, and what the source has yet to read is spared. A receiver that takes it too slowly for
+//! that, attempts that go on included, is given up when what is spared becomes
+//! [too much](super::held).
 //!
 //! **Resuming.** The image is a function of the state at the source's revision. A source that
 //! must go back begins again, and makes the same bytes once more up to where the receiver is:
@@ -31,6 +33,7 @@ use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use prost::Message as _;
 
+use super::held::Held;
 use super::pins::{Pin, Pins};
 use super::records::{self, RecoverError};
 use crate::log::Mark;
@@ -61,6 +64,8 @@ pub struct Source {
     start: RevisionWalk,
     state: SharedState,
     pin: Pin,
+    /// What the pin keeps.
+    held: Held,
     progress: Progress,
 }
 
@@ -113,6 +118,7 @@ impl Source {
             leases: held.lessor().iter().map(|lease| lease.to_record()).collect(),
             auth: held.auth_rows(),
             pin: pins.pin(start.floor()),
+            held: Held::from(start.floor()),
             progress: Progress::new(start.clone()),
             start,
             state: SharedState(Arc::clone(state)),
@@ -142,11 +148,16 @@ impl Source {
         } else if let Some((revision, tombstone, kv)) = walk.take() {
             writer.put(Table::Mvcc, &records::key(revision), [&[u8::from(tombstone)], &kv]);
         } else if !walk.is_done() {
-            let state = self.state.0.read();
-            if self.pin.is_lost() {
-                return Err(ImageLost);
+            {
+                let state = self.state.0.read();
+                if self.pin.is_lost() {
+                    return Err(ImageLost::Replaced);
+                }
+                walk.step(state.store(), RECORDS_PER_STEP, FRAME_BYTES);
             }
-            walk.step(state.store(), RECORDS_PER_STEP, FRAME_BYTES);
+            if self.held.is_too_much(&self.state.0) {
+                return Err(ImageLost::TooMuchHeld);
+            }
             return Ok(Step::Looked);
         } else if !*ended {
             writer.end(records::HEAD, &self.head.encode_to_vec());

@@ -36,6 +36,7 @@ pub mod forwarder;
 pub mod gauges;
 pub mod hashes;
 pub mod heal;
+pub mod held;
 pub mod history;
 pub mod image;
 pub mod import;

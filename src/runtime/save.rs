@@ -14,7 +14,7 @@
 //! **How long.** A client may be slow, and a file large: a save takes as long as the client goes
 //! on reading. Meanwhile its pin keeps in memory what compaction would have freed. So it is given
 //! up, with an error that says why, when the client takes nothing for [`SAVE_STALL_MAX`], or when what
-//! is kept exceeds [`HELD_BYTES_MAX`]. When the client goes, so does the pin.
+//! is kept is [too much](super::held). When the client goes, so does the pin.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,12 +24,13 @@ use parking_lot::RwLock;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{self, error::TrySendError};
 
+use super::held::{HELD_BYTES_MAX, Held};
 use super::pins::{Pin, Pins};
 use crate::backup::encode::{self, Rest};
 use crate::backup::{Bucket, Digest};
 use crate::bolt::write::{Plan, WriteError, Writer};
 use crate::metrics::Metrics;
-use crate::mvcc::{Revision, RevisionWalk};
+use crate::mvcc::RevisionWalk;
 use crate::state::{AuthRow, AuthTable, StateMachine};
 
 /// The length of a blob; etcd's value.
@@ -42,8 +43,6 @@ const KEYS_PER_STEP: usize = 4096;
 const STEP_BYTES: usize = 1 << 20;
 /// How long a client may take nothing.
 pub const SAVE_STALL_MAX: Duration = Duration::from_secs(60);
-/// What a save may keep from being freed by compactions that come after it has begun.
-pub const HELD_BYTES_MAX: u64 = 512 << 20;
 
 /// Why there is no whole file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,37 +102,24 @@ pub struct Save {
     start: RevisionWalk,
     state: Arc<RwLock<StateMachine>>,
     pin: Pin,
-    /// How much the pin keeps from being freed, and up to where that was counted.
-    held: (u64, Revision),
+    /// What the pin keeps.
+    held: Held,
 }
 
 impl Save {
     /// Of the present state. Holds its lock for as long as copying the leases takes.
     pub fn new(state: &Arc<RwLock<StateMachine>>, pins: &Arc<Pins>) -> Save {
-        let held = state.read();
-        let start = held.store().walk_as_etcd();
+        let now = state.read();
+        let start = now.store().walk_as_etcd();
         let rest = Rest {
-            head: held.head(),
-            members: held.members().records(),
-            leases: held.lessor().iter().map(|lease| lease.to_record()).collect(),
-            auth: held.auth_rows().iter().map(auth_row).collect(),
+            head: now.head(),
+            members: now.members().records(),
+            leases: now.lessor().iter().map(|lease| lease.to_record()).collect(),
+            auth: now.auth_rows().iter().map(auth_row).collect(),
         };
         let pin = pins.pin(start.floor());
-        let held = (0, Revision::new(start.floor(), 0));
+        let held = Held::from(start.floor());
         Save { rest, start, state: Arc::clone(state), pin, held }
-    }
-
-    /// Counts what was compacted since the last time, in steps.
-    fn count_held(&mut self) -> Result<(), SaveError> {
-        while self.held.0 <= HELD_BYTES_MAX {
-            let from = self.held.1;
-            let (bytes, next) = self.state.read().store().replaced_bytes(from, KEYS_PER_STEP);
-            if next == from {
-                return Ok(());
-            }
-            self.held = (self.held.0 + bytes, next);
-        }
-        Err(SaveError::TooMuchHeld)
     }
 
     /// The revision that is saved.
@@ -205,7 +191,9 @@ impl Save {
                 }
                 walk.step(state.store(), KEYS_PER_STEP, STEP_BYTES);
             }
-            self.count_held()?;
+            if self.held.is_too_much(&self.state) {
+                return Err(SaveError::TooMuchHeld);
+            }
             while let Some(record) = walk.take() {
                 let (key, value) = encode::key_row(record);
                 writer.row(key, value)?;

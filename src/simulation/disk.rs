@@ -1,5 +1,7 @@
 //! The disk of a simulated machine: it outlives the member, and fails when told to.
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -18,12 +20,25 @@ pub(super) struct Disk {
 struct Stores {
     current: FaultyDisk,
     next: Option<FaultyDisk>,
+    random: Random,
+    /// There is space, whatever was planned.
+    is_spared: bool,
+    /// How often a store that had run into its end was gone on with.
+    reopened: u64,
 }
 
 impl Disk {
-    pub(super) fn new(identity: Identity) -> Disk {
-        let stores = Stores { current: FaultyDisk::new(), next: None };
+    pub(super) fn new(identity: Identity, random: &mut Random) -> Disk {
+        // Some members began with an earlier version.
+        let is_old = random.chance(250);
+        let current = if is_old { FaultyDisk::without_frozen() } else { FaultyDisk::new() };
+        let random = Random::new(random.next());
+        let stores = Stores { current, next: None, random, is_spared: false, reopened: 0 };
         Disk { log: MemoryDisk::new(identity), store: Arc::new(Mutex::new(stores)) }
+    }
+
+    pub(super) fn reopened(&self) -> u64 {
+        self.store.lock().reopened
     }
 
     pub(super) fn open_store(&self) -> Box<dyn Storage> {
@@ -38,26 +53,35 @@ impl Disk {
     /// Lets a write or sync of the checkpoint fail some time from now.
     pub(super) fn plan_store_fault(&self, random: &mut Random) {
         let stores = self.store.lock();
-        if random.chance(700) {
-            stores.current.fail_write_after(random.below(12));
-        } else {
-            stores.current.fail_sync_after(random.below(6));
+        // A frozen record is a write, too.
+        let few = [12, 60][random.index(2)];
+        match random.below(10) {
+            0..=4 => stores.current.fail_write_after(random.below(few)),
+            5..=6 => stores.current.fill_after(random.below(few)),
+            _ => stores.current.fail_sync_after(random.below(6)),
         }
     }
 
     /// Nothing that was planned will fail.
     pub(super) fn spare_store(&self) {
-        self.store.lock().current.fail_write_after(u64::MAX);
-        self.store.lock().current.fail_sync_after(u64::MAX);
+        let mut stores = self.store.lock();
+        stores.current.fail_write_after(u64::MAX);
+        stores.current.fail_sync_after(u64::MAX);
+        stores.is_spared = true;
     }
 
     /// What is not synced is lost, or a part of it.
     pub(super) fn cut_power(&self, random: &mut Random) {
         let mut stores = self.store.lock();
-        let keep = random.index(stores.current.unsynced_writes() + 1);
-        stores.current.power_cut(keep);
+        lose(&stores.current, random);
         stores.next = None;
     }
+}
+
+/// What is not synced is lost, or a part of it.
+fn lose(store: &FaultyDisk, random: &mut Random) {
+    let keep = random.index(store.unsynced_writes() + 1);
+    store.power_cut(keep);
 }
 
 /// A sync of the log that fails some time from now, with as much of it on the disk as it
@@ -88,8 +112,17 @@ impl Generations for Disk {
         Ok(())
     }
 
+    /// It had run into the end of its disk, and still may.
     fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        Ok(self.open_store())
+        let Stores { current, random, is_spared, reopened, .. } = &mut *self.store.lock();
+        if !*is_spared && random.chance(300) {
+            let source = io::Error::from(io::ErrorKind::StorageFull);
+            let dir = PathBuf::from("(simulated)");
+            return Err(StorageError::Io { dir, action: "open it", source });
+        }
+        lose(current, random);
+        *reopened += 1;
+        Ok(Box::new(current.open()))
     }
 
     fn discard(&mut self) {

@@ -485,7 +485,8 @@ impl Life {
         if self.checkpoint_next.is_none() {
             self.checkpoint_next = self.checkpoint.tasks.try_recv().ok();
         }
-        self.checkpoint_next.is_some()
+        // A cut that waits for space is tried again.
+        self.checkpoint_next.is_some() || self.under_way.waits_for_space()
     }
 
     /// What raft has committed since, on its way to the apply thread.

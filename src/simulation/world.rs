@@ -277,7 +277,7 @@ impl World {
         let members = nature.members;
         let machines = (0..members).map(|name| {
             let mut state = first_state(members, name);
-            let disk = Disk::new(recover::identity(&state));
+            let disk = Disk::new(recover::identity(&state), &mut random);
             let start = state.applied();
             if start.index > 0 {
                 let (mut log, _) = disk.open_log();
@@ -341,6 +341,7 @@ impl World {
                 entries: self.judge.last_index(),
                 terms: self.judge.leader_count() as u64,
                 crashes: self.crashes,
+                reopened: self.machines.iter().map(|machine| machine.disk.reopened()).sum(),
                 checked: self.judge.counts,
             }),
             Err(Failure::Violation(what)) => {

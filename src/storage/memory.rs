@@ -30,6 +30,13 @@ impl MemoryStorage {
             };
         }
     }
+
+    /// Whether there are records of [`Table::Mvcc`] that are not frozen.
+    pub(super) fn has_versions(&self) -> bool {
+        let (from, to) = ((Table::Mvcc, Bytes::new()), (Table::Lease, Bytes::new()));
+        let last = self.records.range(from..to).next_back();
+        last.is_some_and(|((_, key), _)| self.frozen_to.as_ref() < Some(key))
+    }
 }
 
 impl Storage for MemoryStorage {
@@ -48,7 +55,13 @@ impl Storage for MemoryStorage {
         &mut self,
         records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
     ) -> Result<(), StorageError> {
+        if self.has_versions() {
+            return super::write_in_batches(self, records);
+        }
         for (key, value) in records {
+            if self.frozen_to.as_ref() >= Some(&key) {
+                return Err(StorageError::Frozen);
+            }
             self.frozen_to = Some(key.clone());
             self.records.insert((Table::Mvcc, key), value.into());
         }

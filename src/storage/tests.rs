@@ -45,8 +45,17 @@ fn long_value(len: usize, seed: usize) -> Bytes {
 fn on_each(test: fn(&mut dyn Storage)) {
     test(&mut MemoryStorage::new());
     test(&mut FaultyDisk::new().open());
+    test(&mut FaultyDisk::without_frozen().open());
     let dir = TempDir::new().unwrap();
     test(&mut SledStorage::open(&dir.path().join("checkpoint")).unwrap());
+}
+
+/// Runs a test on every storage that outlives the one who has it open.
+fn on_each_disk(test: fn(open: &dyn Fn() -> Box<dyn Storage>)) {
+    let disk = FaultyDisk::new();
+    test(&|| Box::new(disk.open()));
+    let dir = TempDir::new().unwrap();
+    test(&|| Box::new(SledStorage::open(&checkpoint(&dir)).unwrap()));
 }
 
 #[test]
@@ -185,36 +194,55 @@ fn frozen_records_are_as_others_but_stay() {
     });
 }
 
+#[test]
+fn frozen_records_come_in_order() {
+    on_each(|storage| {
+        storage.freeze(&mut frozen(9).skip(5)).unwrap();
+        put_head(storage);
+        if storage.frozen_to().is_some() {
+            storage.freeze(&mut frozen(7).skip(6)).unwrap_err();
+        }
+    });
+}
+
 /// A crash between the two leaves nothing of the first.
 #[test]
 fn frozen_records_count_with_the_next_batch() {
-    let dir = TempDir::new().unwrap();
-    for (count, counts) in [(10, false), (15, true), (20, false), (30, true)] {
-        let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
-        let before = records(&storage, Table::Mvcc).len();
-        storage.freeze(&mut frozen(count).skip(before)).unwrap();
-        if counts {
-            put_head(&mut storage);
-            storage.sync().unwrap();
+    on_each_disk(|open| {
+        for (count, counts) in [(10, false), (15, true), (20, false), (17, false), (30, true)] {
+            let mut storage = open();
+            let before = records(&*storage, Table::Mvcc).len();
+            storage.freeze(&mut frozen(count).skip(before)).unwrap();
+            if counts {
+                put_head(&mut *storage);
+                storage.sync().unwrap();
+            }
+            drop(storage);
+            let storage = open();
+            let found = records(&*storage, Table::Mvcc);
+            let expected = if counts { count } else { before };
+            assert_eq!(found.len(), expected);
+            assert!(found.iter().zip(frozen(count)).all(|(found, put)| found.0[..] == put.0));
+            let last = frozen(expected).last().map(|(key, _)| key);
+            assert_eq!(storage.frozen_to(), last);
         }
-        drop(storage);
-        let storage = SledStorage::open(&checkpoint(&dir)).unwrap();
-        let found = records(&storage, Table::Mvcc);
-        assert_eq!(found.len(), if counts { count } else { before });
-        assert!(found.iter().zip(frozen(count)).all(|(found, put)| found.0[..] == put.0));
-    }
+    });
 }
 
 /// As before there was a file for them.
 #[test]
-fn a_checkpoint_with_records_in_sled_keeps_them_there() {
-    let dir = TempDir::new().unwrap();
-    let mut storage = SledStorage::open(&checkpoint(&dir)).unwrap();
-    put(&mut storage, b"0000", "in sled");
-    storage.freeze(&mut frozen(9).skip(1)).unwrap();
-    storage.sync().unwrap();
-    assert_eq!(storage.frozen_to(), None);
-    assert_eq!(records(&storage, Table::Mvcc).len(), 9);
+fn with_records_that_are_not_frozen_others_are_not_either() {
+    on_each(|storage| {
+        put(storage, b"0000", "in sled");
+        storage.freeze(&mut frozen(9).skip(1)).unwrap();
+        storage.sync().unwrap();
+        assert_eq!(storage.frozen_to(), None);
+        assert_eq!(records(storage, Table::Mvcc).len(), 9);
+        let mut batch = Batch::new();
+        batch.delete(Table::Mvcc, "0003");
+        storage.write(batch).unwrap();
+        assert_eq!(records(storage, Table::Mvcc).len(), 8);
+    });
 }
 
 #[test]
@@ -336,6 +364,55 @@ fn an_ordered_fault_strikes_once_and_for_all() {
     assert!(matches!(storage.get(Table::Mvcc, b"c"), Err(StorageError::Failed { .. })));
     disk.power_cut(0);
     assert_eq!(keys(&records(&disk.open(), Table::Mvcc)), [b"a", b"b"]);
+}
+
+/// Wherever a freeze ends, and the batch after it, there are all of its records or none.
+#[test]
+fn a_fault_while_records_are_frozen_leaves_all_or_none() {
+    for (fails_after, keep) in (0..7).flat_map(|nth| [(nth, 0), (nth, 1)]) {
+        let disk = FaultyDisk::new();
+        let mut storage = disk.open();
+        storage.freeze(&mut frozen(3)).unwrap();
+        put_head(&mut storage);
+        storage.sync().unwrap();
+        // Five records and a batch.
+        disk.fail_write_after(fails_after);
+        let mut freeze_and_write = || {
+            storage.freeze(&mut frozen(8).skip(3))?;
+            let mut batch = Batch::new();
+            batch.put(Table::Head, "head", "after");
+            storage.write(batch)
+        };
+        assert_eq!(freeze_and_write().is_ok(), fails_after == 6);
+        disk.power_cut(keep);
+        let mut storage = disk.open();
+        let has_batch = storage.get(Table::Head, b"head").unwrap() == Some("after".into());
+        // The batch that failed may be on the disk all the same.
+        assert_eq!(has_batch, keep == 1 && fails_after >= 5);
+        let before = if has_batch { 8 } else { 3 };
+        assert_eq!(records(&storage, Table::Mvcc).len(), before);
+        // What is left of it is in nobody's way.
+        storage.freeze(&mut frozen(9).skip(before)).unwrap();
+        put_head(&mut storage);
+        let found = records(&storage, Table::Mvcc);
+        assert!(found.iter().zip(frozen(9)).all(|(found, put)| found.0[..] == put.0));
+        assert_eq!(found.len(), 9);
+    }
+}
+
+#[test]
+fn after_a_full_disk_a_storage_may_be_reopened_unless_a_sync_failed() {
+    let disk = FaultyDisk::new();
+    let mut storage = disk.open();
+    disk.fill_after(2);
+    let error = storage.freeze(&mut frozen(3)).unwrap_err();
+    assert!(error.is_full() && storage.may_be_reopened());
+    disk.power_cut(0);
+    let mut storage = disk.open();
+    assert_eq!(records(&storage, Table::Mvcc).len(), 0);
+    disk.fill_after(9);
+    disk.fail_sync_after(0);
+    assert!(storage.sync().unwrap_err().is_full() && !storage.may_be_reopened());
 }
 
 /// Where a test keeps its checkpoint.

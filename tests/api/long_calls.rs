@@ -82,16 +82,16 @@ async fn a_physical_compaction_ends_with_the_server() {
 }
 
 #[tokio::test]
-async fn a_defragmentation_that_nobody_waits_for_is_over_when_it_is_done() {
+async fn a_defragmentation_that_nobody_waits_for_is_not_in_the_way_of_others() {
     let rig = start().await;
     let engine = rig.server.engine();
     rig.put("k", "v").await;
-    let inflight = &engine.metrics().disk_defrag_inflight;
-    let mut given_up = Box::pin(engine.defragment());
-    assert!(polled_once(given_up.as_mut()).await.is_pending());
-    drop(given_up);
-    assert_eq!(inflight.get(), 1);
-    until("the end", async || (inflight.get() == 0).then_some(())).await;
+    // It may be over by then: there is not much.
+    let _ = polled_once(Box::pin(engine.defragment()).as_mut()).await;
+    soon("the other", engine.defragment()).await.unwrap();
+    let metrics = engine.metrics();
+    assert!(metrics.disk_backend_defrag_duration_seconds.get_sample_count() >= 1);
+    assert_eq!(metrics.disk_defrag_inflight.get(), 0);
 }
 
 #[test]

@@ -147,6 +147,49 @@ async fn a_member_that_lost_its_data_is_refused() {
     cluster[leader].put("k", "w").await.unwrap();
 }
 
+/// It does not know any more what it voted and promised: its data is of no use to it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_with_a_damaged_log_comes_back_as_a_new_one() {
+    let mut cluster = Cluster::start(&[]).await;
+    for number in 0..50 {
+        cluster[0].put(&format!("key {number}"), "v").await.unwrap();
+    }
+    let forgotten = cluster.follower().await;
+    let id = cluster[forgotten].id().await;
+    cluster[forgotten].kill();
+    let logs = std::fs::read_dir(cluster[forgotten].data_dir().join("member/wal")).unwrap();
+    let logs = logs.map(|entry| entry.unwrap().path());
+    let segment = logs.filter(|path| path.extension().is_some_and(|end| end == "log")).max();
+    let segment = segment.unwrap();
+    let mut bytes = std::fs::read(&segment).unwrap();
+    let used = bytes.iter().rposition(|&byte| byte != 0).unwrap();
+    bytes[used / 2] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    cluster[forgotten].spawn();
+    assert_eq!(cluster[forgotten].ended().await.code(), Some(1));
+    let log = cluster[forgotten].log();
+    for words in [segment.to_str().unwrap(), "member remove", "member add"] {
+        assert!(log.contains(words), "{words:?} is not in {log}");
+    }
+
+    let leader = cluster.leader().await;
+    until("the member to be removed", || async {
+        let mut members = cluster[leader].members();
+        members.member_remove(pb::MemberRemoveRequest { id }).await.ok()
+    })
+    .await;
+    std::fs::remove_dir_all(cluster[forgotten].data_dir()).unwrap();
+    cluster.add(leader, cluster[forgotten].peer_url(), false).await;
+    cluster[forgotten].flags.push("--initial-cluster-state=existing".to_owned());
+    cluster[forgotten].start().await;
+    assert_ne!(cluster[forgotten].id().await, id);
+    cluster.equal().await;
+    // It counts: with it alone there is a majority.
+    let other = (0..3).find(|at| ![leader, forgotten].contains(at)).unwrap();
+    cluster[other].kill();
+    until("a majority", || async { cluster[forgotten].put("k", "w").await.ok() }).await;
+}
+
 /// Two clusters that were given the same addresses by mistake keep apart.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_of_another_cluster_is_refused() {

@@ -1,10 +1,12 @@
-//! A member whose checkpoint was damaged is killed while it heals, again and again, and heals.
+//! A member whose checkpoint was damaged heals, also through mutual TLS, and also when it is killed
+//! while it does, again and again.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::common::rng::Rng;
+use crate::common::server;
 use crate::rig::{Cluster, until};
 
 /// How often it is killed.
@@ -66,4 +68,21 @@ async fn a_member_that_is_killed_while_it_heals_heals() {
     let revision =
         until("a leader", || async { cluster[0].put("afterwards", "").await.ok() }).await;
     assert!(revision > last);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_checkpoint_is_fetched_through_mutual_tls() {
+    // The log does not reach back to the beginning.
+    let flags = ["--snapshot-count=20", "--snapshot-catchup-entries=5"];
+    let mut cluster = Cluster::encrypted(&server::kvorum(), &flags).await;
+    for number in 0..100 {
+        cluster[number % 3].put(&format!("key {number}"), &"v".repeat(10_000)).await.unwrap();
+    }
+    let damaged = cluster.follower().await;
+    cluster[damaged].kill();
+    damage(&cluster[damaged].data_dir());
+    cluster[damaged].start().await;
+    assert!(cluster[damaged].log().contains("moved aside"), "it was healed");
+    cluster.equal().await;
+    cluster[damaged].put("afterwards", "v").await.unwrap();
 }

@@ -15,5 +15,6 @@ mod faults;
 mod heal;
 mod membership;
 mod restarts;
+mod restored;
 mod rig;
 mod watched;

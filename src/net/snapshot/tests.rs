@@ -60,7 +60,7 @@ impl Image for Made {
 
     fn next_chunk(&mut self) -> Result<Option<Bytes>, ImageLost> {
         if self.offset >= self.lost_at {
-            return Err(ImageLost);
+            return Err(ImageLost::Replaced);
         }
         let to = self.bytes.len().min(self.offset + self.chunk_bytes);
         let chunk = self.bytes.slice(self.offset..to);
@@ -229,7 +229,7 @@ async fn an_image_that_is_lost_or_not_installed_is_an_error() {
     let (incoming, mut arrived) = receiver(None);
     let mut image = Made { lost_at: 500, ..Made::new(1, 100) };
     let error = send_to(&incoming, &mut image).await.expect_err("lost");
-    assert!(matches!(error, SendError::Lost(ImageLost)), "{error}");
+    assert!(matches!(error, SendError::Lost(ImageLost::Replaced)), "{error}");
 
     let mut image = Made::new(2, 100);
     let sending = tokio::spawn(async move { send_to(&incoming, &mut image).await });

@@ -1,5 +1,6 @@
 use std::io;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc;
 
 use super::*;
@@ -84,6 +85,12 @@ impl Bench {
         self.tasks.send(task).expect("the thread's end is here");
     }
 
+    fn ask_for_rewrite(&self) -> oneshot::Receiver<Result<(), Error>> {
+        let (done, answer) = oneshot::channel();
+        self.tell(CheckpointTask::Rewrite(done));
+        answer
+    }
+
     /// Has the thread do what it was told so far.
     fn work(&mut self) {
         self.tell(CheckpointTask::Stop);
@@ -125,14 +132,92 @@ fn the_log_is_not_truncated_to_a_snapshot_that_was_given_up() {
 #[test]
 fn without_room_for_a_rewrite_the_checkpoint_stays_in_use() {
     let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), Box::new(FullDisk));
-    let (done, mut answer) = oneshot::channel();
-    bench.tell(CheckpointTask::Rewrite(done));
+    let mut answer = bench.ask_for_rewrite();
     bench.apply(1, put("k", 0));
     bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Dirty));
     bench.work();
     assert_eq!(answer.try_recv().expect("an answer"), Err(Error::NoSpace));
     assert_eq!(bench.thread.durable_index, 1);
     assert!(!bench.thread.shortage.is_present(), "writes are not refused for it");
+}
+
+/// Counts the checkpoints that are begun; while the first is, somebody does something.
+struct Counted {
+    begun: Arc<AtomicUsize>,
+    meanwhile: Option<Box<dyn FnOnce() + Send>>,
+}
+
+impl Generations for Counted {
+    fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        self.begun.fetch_add(1, Ordering::Relaxed);
+        if let Some(meanwhile) = self.meanwhile.take() {
+            meanwhile();
+        }
+        MemoryGenerations.begin()
+    }
+
+    fn switch(&mut self) -> Result<(), StorageError> {
+        Ok(())
+    }
+
+    fn reopen(&mut self) -> Result<Box<dyn Storage>, StorageError> {
+        MemoryGenerations.reopen()
+    }
+
+    fn discard(&mut self) {}
+}
+
+#[test]
+fn nothing_is_written_anew_for_somebody_who_has_gone() {
+    let begun = Arc::new(AtomicUsize::new(0));
+    let counted = Counted { begun: Arc::clone(&begun), meanwhile: None };
+    let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), Box::new(counted));
+    drop(bench.ask_for_rewrite());
+    bench.work();
+    assert_eq!(begun.load(Ordering::Relaxed), 0);
+    drop(bench.ask_for_rewrite());
+    let mut answer = bench.ask_for_rewrite();
+    bench.work();
+    assert_eq!(answer.try_recv().expect("an answer"), Ok(()));
+    assert_eq!(begun.load(Ordering::Relaxed), 1);
+}
+
+/// Two calls come while the checkpoint is written for a third, and a cut between them, which
+/// is then superseded. What they are to see may have happened after that one was begun.
+#[test]
+fn who_waits_while_a_checkpoint_is_written_anew_shares_the_next_one() {
+    let begun = Arc::new(AtomicUsize::new(0));
+    let counted = Counted { begun: Arc::clone(&begun), meanwhile: None };
+    let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), Box::new(counted));
+    bench.apply(1, put("k", 0));
+    let answers = Arc::new(parking_lot::Mutex::new(Vec::new()));
+    let meanwhile = {
+        let (tasks, answers) = (bench.tasks.clone(), Arc::clone(&answers));
+        let cut = bench.cut();
+        let ask = move || {
+            let (done, answer) = oneshot::channel();
+            answers.lock().push(answer);
+            CheckpointTask::Rewrite(done)
+        };
+        move || {
+            let between = CheckpointTask::Write(cut, CutReason::Snapshot);
+            for task in [ask(), between, ask(), CheckpointTask::Stop] {
+                tasks.send(task).expect("the thread is here");
+            }
+        }
+    };
+    let counted = Counted { begun: Arc::clone(&begun), meanwhile: Some(Box::new(meanwhile)) };
+    bench.thread.generations = Box::new(counted);
+    let mut first = bench.ask_for_rewrite();
+    bench.thread.run_until_stopped().expect("it goes on");
+    assert_eq!(first.try_recv().expect("an answer"), Ok(()));
+    for answer in answers.lock().iter_mut() {
+        assert_eq!(answer.try_recv().expect("an answer"), Ok(()));
+    }
+    assert_eq!((answers.lock().len(), begun.load(Ordering::Relaxed)), (2, 2));
+    assert_eq!((bench.thread.durable_index, bench.truncations()), (1, 1), "the cut is not lost");
+    assert_eq!(bench.thread.metrics.disk_backend_defrag_duration_seconds.get_sample_count(), 2);
+    assert_eq!(bench.thread.metrics.disk_defrag_inflight.get(), 0);
 }
 
 /// A cut may wait behind a rewrite that goes further. Written after it, its head would have
@@ -144,7 +229,7 @@ fn a_cut_older_than_a_rewrite_is_not_written() {
     bench.apply(2, put("leased", 7));
     let older = bench.cut();
     bench.apply(3, Request::LeaseRevoke(LeaseRevokeRequest { id: 7 }));
-    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    let _answer = bench.ask_for_rewrite();
     bench.tell(CheckpointTask::Write(older, CutReason::Dirty));
     bench.work();
     let storage = bench.thread.storage.as_deref_mut().expect("a store");
@@ -178,7 +263,7 @@ impl Generations for LosingGenerations {
 /// version would bring its key back.
 #[test]
 fn what_a_full_disk_undeletes_is_deleted_again() {
-    let disk = FaultyDisk::new();
+    let disk = FaultyDisk::without_frozen();
     let storage = Some(Box::new(disk.open()) as Box<dyn Storage>);
     let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
     let compact = |bench: &Bench, index, revision| {
@@ -224,7 +309,12 @@ fn what_a_full_disk_undeletes_is_deleted_again() {
 /// a crash in the middle of writing it must not bring back a version without its tombstone.
 #[test]
 fn a_crash_after_a_rewrite_brings_no_key_back() {
-    let disk = FaultyDisk::new();
+    for disk in [FaultyDisk::new(), FaultyDisk::without_frozen()] {
+        crash_after_rewrite(&disk);
+    }
+}
+
+fn crash_after_rewrite(disk: &FaultyDisk) {
     let storage = Some(Box::new(MemoryStorage::new()) as Box<dyn Storage>);
     let mut bench = Bench::new(storage, Box::new(LosingGenerations(disk.clone())));
     bench.apply(1, put("k", 0));
@@ -239,7 +329,7 @@ fn a_crash_after_a_rewrite_brings_no_key_back() {
     let request = CompactionRequest { revision, physical: false };
     bench.apply(304, Request::Compaction(request));
     while !bench.thread.state.write().compact_step(i64::MAX, 10) {}
-    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    let _answer = bench.ask_for_rewrite();
     bench.work();
     assert_eq!(bench.thread.durable_index, 304);
 
@@ -260,7 +350,7 @@ fn what_is_deleted_after_a_rewrite_stays_deleted() {
     let mut bench = Bench::new(storage, Box::new(MemoryGenerations));
     bench.apply(1, put("k", 0));
     bench.apply(2, put("other", 0));
-    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    let _answer = bench.ask_for_rewrite();
     bench.work();
     let delete = DeleteRangeRequest { key: "k".into(), ..DeleteRangeRequest::default() };
     bench.apply(3, put("other", 0));
@@ -281,7 +371,7 @@ fn what_is_deleted_after_a_rewrite_stays_deleted() {
     assert_eq!(restored.store().keys_total(), 1, "k was deleted");
     while !restored.compact_step(i64::MAX, 10) {}
     assert_eq!(restored.hash(), bench.thread.state.read().hash());
-    bench.tell(CheckpointTask::Rewrite(oneshot::channel().0));
+    let _answer = bench.ask_for_rewrite();
     bench.work();
     let storage = bench.thread.storage.as_deref_mut().expect("a store");
     let restored = records::recover(storage).expect("a checkpoint").store;

@@ -4,6 +4,7 @@ use crate::pb::etcdserverpb::{
     CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, LeaseRevokeRequest, PutRequest,
 };
 use crate::pb::kvorumpb::{Command, command::Request};
+use crate::runtime::held::HELD_BYTES_MAX;
 use crate::state::Effects;
 use crate::state::members::Members;
 use crate::storage::MemoryStorage;
@@ -220,7 +221,21 @@ fn a_source_ends_when_its_state_is_replaced_by_one_without_its_revision() {
     pins.lose_below(61);
     source.restart();
     assert_eq!(source.next_chunk().map(|chunk| chunk.map(|chunk| chunk.len())), Ok(Some(12)));
-    assert_eq!(source.next_chunk(), Err(ImageLost));
+    assert_eq!(source.next_chunk(), Err(ImageLost::Replaced));
+}
+
+/// However often its transfer is interrupted and goes on.
+#[test]
+fn a_source_that_keeps_too_much_is_given_up() {
+    let state = state_with_everything();
+    let mut source = Source::new(1, &state, &Arc::default());
+    let bytes = all(&mut source);
+    source.restart();
+    assert!(all(&mut source) == bytes, "nothing is compacted meanwhile");
+    source.held.assume(HELD_BYTES_MAX + 1);
+    source.restart();
+    source.next_chunk().expect("what an image begins with");
+    assert_eq!(source.next_chunk(), Err(ImageLost::TooMuchHeld));
 }
 
 #[tokio::test(start_paused = true)]

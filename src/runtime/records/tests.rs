@@ -169,28 +169,59 @@ fn a_crash_anywhere_and_the_log_lead_to_the_same_state() {
     let end = log(0).len();
     let mut expected = new_state();
     apply(&mut expected, 0, end);
-    for first in 1..end {
-        for kept in 0..4 {
-            for synced in [false, true] {
-                let disk = FaultyDisk::new();
+    for is_old in [false, true] {
+        for first in 1..end {
+            for fault in Fault::all() {
+                let disk = if is_old { FaultyDisk::without_frozen() } else { FaultyDisk::new() };
                 let mut state = new_state();
                 write(&mut disk.open(), &state.cut(), 0).expect("the first checkpoint");
                 apply(&mut state, 0, first);
                 while !state.compact_step(i64::MAX, 100) {}
-                if !synced {
-                    disk.fail_sync_after(0);
+                match fault.fails {
+                    Fails::Nothing => {}
+                    Fails::Sync => disk.fail_sync_after(0),
+                    Fails::Write(nth) => disk.fail_write_after(nth),
                 }
                 let written = write(&mut disk.open(), &state.cut(), 0);
-                assert_eq!(written.is_ok(), synced);
-                disk.power_cut(kept);
+                match fault.fails {
+                    Fails::Nothing => written.expect("nothing failed"),
+                    Fails::Sync => drop(written.expect_err("the sync failed")),
+                    Fails::Write(_) => {}
+                }
+                disk.power_cut(fault.kept);
 
                 let mut state = restored(&mut disk.open());
                 let from = entries_applied(&state);
                 assert!(from == 0 || from == first, "a checkpoint is written whole or not at all");
                 apply(&mut state, from, end);
                 assert_equal(&state, &expected);
+                // Whatever was left behind, the next one can be written.
+                write(&mut disk.open(), &state.cut(), 0).expect("written");
+                assert_equal(&restored(&mut disk.open()), &expected);
             }
         }
+    }
+}
+
+/// What fails while a checkpoint is written, and how many batches are on the disk afterwards
+/// that were not synced.
+#[derive(Clone, Copy)]
+struct Fault {
+    fails: Fails,
+    kept: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Fails {
+    Nothing,
+    Sync,
+    Write(u64),
+}
+
+impl Fault {
+    fn all() -> impl Iterator<Item = Fault> {
+        let fails = [Fails::Nothing, Fails::Sync].into_iter().chain((0..12).map(Fails::Write));
+        fails.flat_map(|fails| (0..4).map(move |kept| Fault { fails, kept }))
     }
 }
 

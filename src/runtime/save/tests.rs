@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::*;
 use crate::bolt::write::tests::read;
 use crate::log::Mark;
-use crate::mvcc::{Record, Store};
+use crate::mvcc::{Record, Revision, Store};
 use crate::pb::etcdserverpb::{
     CompactionRequest, DeleteRangeRequest, LeaseGrantRequest, PutRequest,
 };
@@ -152,7 +152,7 @@ async fn a_save_that_keeps_too_much_or_whose_state_is_replaced_is_given_up() {
     let (state, pins) = (new_state(), Arc::new(Pins::default()));
     (0..100).for_each(|number| write(&state, number));
     let mut save = Save::new(&state, &pins);
-    save.held.0 = HELD_BYTES_MAX + 1;
+    save.held.assume(HELD_BYTES_MAX + 1);
     let slot = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
     let mut blobs = save.begin(Metrics::new().unwrap(), slot);
     assert_eq!(blobs.recv().await, Some(Err(SaveError::TooMuchHeld)));
