@@ -28,7 +28,8 @@
 //!   raft never reads the disk. A member that needs older ones is sent a snapshot.
 //! * Raft's configuration is that of the state machine's members. A committed change takes
 //!   effect when the state machine has judged it ([`Node::change_applied`]); there is one
-//!   change at a time, of one member, so that no configuration is ever joint.
+//!   change at a time, of one member, so that no configuration is ever joint. A leader that
+//!   is removed leads no more from then on.
 
 mod cache;
 mod change;
@@ -480,7 +481,7 @@ impl Node {
         if self.raw.raft.has_pending_conf() {
             return Err(Refused::Busy);
         }
-        // A leader that is removed would lead on without being heard.
+        // A leader that is removed steps down: nobody has to wait for an election before.
         if change == Change::Remove(self.raw.raft.id) && self.resign() {
             return Err(Refused::NotLeader);
         }
@@ -490,8 +491,7 @@ impl Node {
 
     fn may_propose(&self) -> Result<(), Refused> {
         let raft = &self.raw.raft;
-        let belongs = raft.prs().get(raft.id).is_some();
-        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() || !belongs {
+        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() {
             return Err(Refused::NotLeader);
         }
         Ok(())
@@ -551,8 +551,21 @@ impl Node {
         if is_accepted {
             let configuration = self.raw.apply_conf_change(&change)?;
             self.raw.mut_store().set_configuration(configuration);
+            self.step_down_if_removed();
         }
         Ok(())
+    }
+
+    /// raft-rs lets a leader that was removed lead on. It panics then when it next looks for
+    /// its own progress, and where one voter is left it answers reads at once, as that voter
+    /// might, whatever another leader has committed meanwhile.
+    fn step_down_if_removed(&mut self) {
+        let raft = &mut self.raw.raft;
+        let votes = raft.prs().conf().voters().contains(raft.id);
+        if raft.state == StateRole::Leader && !votes {
+            raft.become_follower(raft.term, 0);
+            self.be_patient();
+        }
     }
 
     /// Everything up to `index` is applied, of which the last entries are kept, and those
