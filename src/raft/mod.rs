@@ -221,6 +221,20 @@ pub struct Node {
 pub(crate) struct Planted {
     /// Votes and acknowledgements leave before what they promise is on disk.
     pub(crate) sends_before_fsync: bool,
+    /// Who is to listen votes.
+    pub(crate) learners_vote: bool,
+    /// A change that the state machine has refused is carried out.
+    pub(crate) ignores_refusals: bool,
+}
+
+#[cfg(test)]
+impl Planted {
+    fn in_place_of(self, change: Change) -> Change {
+        match change {
+            Change::Listen(id) if self.learners_vote => Change::Vote(id),
+            change => change,
+        }
+    }
 }
 
 /// How long a node waits for a leader before it campaigns. raft-rs draws a random number
@@ -485,6 +499,8 @@ impl Node {
         if change == Change::Remove(self.raw.raft.id) && self.resign() {
             return Err(Refused::NotLeader);
         }
+        #[cfg(test)]
+        let change = self.planted.in_place_of(change);
         let change = change.to_raft();
         self.raw.propose_conf_change(command.into(), change).map_err(|_| Refused::Full)
     }
@@ -548,6 +564,8 @@ impl Node {
     /// Raft refuses what the state machine has accepted: they have come apart.
     pub fn change_applied(&mut self, index: u64, is_accepted: bool) -> Result<(), RaftError> {
         let Some(change) = self.changes.remove(&index) else { return Ok(()) };
+        #[cfg(test)]
+        let is_accepted = is_accepted || self.planted.ignores_refusals;
         if is_accepted {
             let configuration = self.raw.apply_conf_change(&change)?;
             self.raw.mut_store().set_configuration(configuration);
@@ -723,6 +741,17 @@ impl Node {
             self.changes.insert(entry.index, change);
         }
         Ok(())
+    }
+
+    /// The configuration, and as of which applied entry; `None` while a snapshot changes both.
+    #[cfg(test)]
+    pub(crate) fn configuration(&self) -> Option<(u64, Configuration)> {
+        let raft = &self.raw.raft;
+        let of = raft.prs().conf().to_conf_state();
+        let mut configuration = Configuration { voters: of.voters, learners: of.learners };
+        configuration.voters.sort_unstable();
+        configuration.learners.sort_unstable();
+        self.installing.is_none().then_some((raft.raft_log.applied, configuration))
     }
 
     /// What a failed simulation tells of the node.
