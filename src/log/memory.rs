@@ -29,6 +29,13 @@ impl MemoryDisk {
     pub fn new(identity: Identity) -> MemoryDisk {
         MemoryDisk { identity, synced: Arc::new(Mutex::new(Replay::new(Bounds::EMPTY))) }
     }
+
+    /// Whether this entry is on it, or behind the start.
+    #[cfg(test)]
+    pub(crate) fn holds(&self, entry: Mark) -> bool {
+        let replay = self.synced.lock();
+        entry.index <= replay.bounds.start.index || replay.term(entry.index) == Some(entry.term)
+    }
 }
 
 /// A log over a [`MemoryDisk`]. Keeps every promise of [`LogStore`] but to outlive the

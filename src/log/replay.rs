@@ -148,6 +148,13 @@ impl Replay {
         Ok(())
     }
 
+    /// The term of the entry at `index`, if there is one.
+    #[cfg(test)]
+    pub(super) fn term(&self, index: u64) -> Option<u64> {
+        let position = usize::try_from(index.checked_sub(self.base)?).ok()?;
+        self.entries.get(position).map(|entry| entry.term)
+    }
+
     /// The entries after the start, all of them; `None` if some are missing.
     pub(super) fn into_entries(self) -> Option<Vec<Entry>> {
         (self.base <= self.bounds.start.index.saturating_add(1)).then_some(self.entries)

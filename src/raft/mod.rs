@@ -28,7 +28,8 @@
 //!   raft never reads the disk. A member that needs older ones is sent a snapshot.
 //! * Raft's configuration is that of the state machine's members. A committed change takes
 //!   effect when the state machine has judged it ([`Node::change_applied`]); there is one
-//!   change at a time, of one member, so that no configuration is ever joint.
+//!   change at a time, of one member, so that no configuration is ever joint. A leader that
+//!   is removed leads no more from then on.
 
 mod cache;
 mod change;
@@ -220,6 +221,20 @@ pub struct Node {
 pub(crate) struct Planted {
     /// Votes and acknowledgements leave before what they promise is on disk.
     pub(crate) sends_before_fsync: bool,
+    /// Who is to listen votes.
+    pub(crate) learners_vote: bool,
+    /// A change that the state machine has refused is carried out.
+    pub(crate) ignores_refusals: bool,
+}
+
+#[cfg(test)]
+impl Planted {
+    fn in_place_of(self, change: Change) -> Change {
+        match change {
+            Change::Listen(id) if self.learners_vote => Change::Vote(id),
+            change => change,
+        }
+    }
 }
 
 /// How long a node waits for a leader before it campaigns. raft-rs draws a random number
@@ -480,18 +495,19 @@ impl Node {
         if self.raw.raft.has_pending_conf() {
             return Err(Refused::Busy);
         }
-        // A leader that is removed would lead on without being heard.
+        // A leader that is removed steps down: nobody has to wait for an election before.
         if change == Change::Remove(self.raw.raft.id) && self.resign() {
             return Err(Refused::NotLeader);
         }
+        #[cfg(test)]
+        let change = self.planted.in_place_of(change);
         let change = change.to_raft();
         self.raw.propose_conf_change(command.into(), change).map_err(|_| Refused::Full)
     }
 
     fn may_propose(&self) -> Result<(), Refused> {
         let raft = &self.raw.raft;
-        let belongs = raft.prs().get(raft.id).is_some();
-        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() || !belongs {
+        if raft.state != StateRole::Leader || raft.lead_transferee.is_some() {
             return Err(Refused::NotLeader);
         }
         Ok(())
@@ -548,11 +564,26 @@ impl Node {
     /// Raft refuses what the state machine has accepted: they have come apart.
     pub fn change_applied(&mut self, index: u64, is_accepted: bool) -> Result<(), RaftError> {
         let Some(change) = self.changes.remove(&index) else { return Ok(()) };
+        #[cfg(test)]
+        let is_accepted = is_accepted || self.planted.ignores_refusals;
         if is_accepted {
             let configuration = self.raw.apply_conf_change(&change)?;
             self.raw.mut_store().set_configuration(configuration);
+            self.step_down_if_removed();
         }
         Ok(())
+    }
+
+    /// raft-rs lets a leader that was removed lead on. It panics then when it next looks for
+    /// its own progress, and where one voter is left it answers reads at once, as that voter
+    /// might, whatever another leader has committed meanwhile.
+    fn step_down_if_removed(&mut self) {
+        let raft = &mut self.raw.raft;
+        let votes = raft.prs().conf().voters().contains(raft.id);
+        if raft.state == StateRole::Leader && !votes {
+            raft.become_follower(raft.term, 0);
+            self.be_patient();
+        }
     }
 
     /// Everything up to `index` is applied, of which the last entries are kept, and those
@@ -710,6 +741,17 @@ impl Node {
             self.changes.insert(entry.index, change);
         }
         Ok(())
+    }
+
+    /// The configuration, and as of which applied entry; `None` while a snapshot changes both.
+    #[cfg(test)]
+    pub(crate) fn configuration(&self) -> Option<(u64, Configuration)> {
+        let raft = &self.raw.raft;
+        let of = raft.prs().conf().to_conf_state();
+        let mut configuration = Configuration { voters: of.voters, learners: of.learners };
+        configuration.voters.sort_unstable();
+        configuration.learners.sort_unstable();
+        self.installing.is_none().then_some((raft.raft_log.applied, configuration))
     }
 
     /// What a failed simulation tells of the node.

@@ -582,6 +582,32 @@ fn a_change_takes_effect_when_it_is_applied_and_one_at_a_time() {
 }
 
 #[test]
+fn a_leader_that_is_removed_leads_no_more() {
+    let mut three = Three::new();
+    let proposes = three.elect();
+    let removed = 1 + proposes % 3;
+    // It becomes the leader while its removal is in the log and not committed.
+    three.slow = (1..=3).filter(|id| *id != removed).collect();
+    let bye = Bytes::from_static(b"bye");
+    three.node(proposes).propose_change(Change::Remove(removed), bye.clone()).unwrap();
+    three.node(proposes).transfer_leader(removed);
+    three.settle();
+    three.slow.clear();
+    for (id, numbers) in std::mem::take(&mut three.unfinished) {
+        numbers.into_iter().for_each(|number| three.node(id).persisted(number));
+    }
+    three.settle();
+    assert!(three.committed[&removed].iter().any(|entry| command(entry) == Some(&bye)));
+
+    let node = three.node(removed);
+    assert!(node.role.term > 2, "it led: {:?}", node.role);
+    assert!(!node.role.is_leader);
+    assert_eq!(node.propose(bye), Err(Refused::NotLeader));
+    assert!(!node.read_index(context(1)));
+    assert_ne!(three.elect(), removed);
+}
+
+#[test]
 fn what_no_member_would_say_is_passed_over() {
     use raft::eraftpb::{Entry as RaftEntry, Message};
     let mut three = Three::new();

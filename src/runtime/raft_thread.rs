@@ -272,6 +272,12 @@ impl RaftThread {
         }
     }
 
+    /// See [`Node::configuration`].
+    #[cfg(test)]
+    pub(crate) fn configuration(&self) -> Option<(u64, Configuration)> {
+        self.parts.node.configuration()
+    }
+
     /// What a failed simulation tells of the node.
     #[cfg(test)]
     pub(crate) fn describe(&self) -> String {

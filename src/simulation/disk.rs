@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::random::Random;
-use crate::log::{Fault, FaultyLog, Identity, MemoryDisk, MemoryLog, Recovered};
+use crate::log::{Fault, FaultyLog, Identity, Mark, MemoryDisk, MemoryLog, Recovered};
 use crate::storage::{FaultyDisk, Generations, Storage, StorageError};
 
 /// Log and checkpoints. Clones are the same disk.
@@ -48,6 +48,11 @@ impl Disk {
     pub(super) fn open_log(&self) -> (FaultyLog<MemoryLog>, Recovered) {
         let (log, recovered) = MemoryLog::open(&self.log);
         (FaultyLog::new(log, &recovered, None), recovered)
+    }
+
+    /// Whether an entry of the log is durable, or was before the log forgot it.
+    pub(super) fn holds(&self, entry: Mark) -> bool {
+        self.log.holds(entry)
     }
 
     /// Lets a write or sync of the checkpoint fail some time from now.

@@ -3,7 +3,15 @@
 //! The judge sees every entry that any member takes for committed. The first to hand one out
 //! decides what it is; everybody else must have the same. A state machine of its own applies
 //! them once and in order, and says what every member's state, every answer, every read and
-//! every event has to be.
+//! every event has to be. Who belongs to the cluster is in [`super::roll`].
+//!
+//! **A member that was removed** hears nothing more, once the leader knows it, and need not
+//! learn why. A leader that has yet to apply the change still takes what it asks, and rightly:
+//! what comes of that is committed by those who are left. So whatever it answers is judged as
+//! everybody's answers are: a write has to be in the log of the others, a read must not miss
+//! one. What is asked of it when all who vote have applied its removal, and none of them is
+//! set back by a crash meanwhile, it must not answer at all, right or wrong
+//! ([`Op::unheard`]).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,16 +20,19 @@ use prost::Message as _;
 
 use super::Failure;
 use super::random::mix;
+use super::roll::{Changes, Roll};
 use crate::log::{Entry, Mark};
 use crate::pb::etcdserverpb::request_op;
 use crate::pb::etcdserverpb::{RequestOp, WatchResponse};
-use crate::pb::kvorumpb::{Command, command::Request};
+use crate::pb::kvorumpb::{Command, command::Request, member_change::Change};
 use crate::pb::mvccpb::{Event, KeyValue};
-use crate::raft::{self, Role};
+use crate::raft::{self, Configuration, Role};
 use crate::state::{Effects, LeaseChange, Outcome, Response, StateMachine};
 
 /// States are compared at indexes that are multiples of this, and after every start.
 const COMPARED_EVERY: u64 = 16;
+/// What only some seeds do is done so many times less often.
+const SELDOM: u64 = 10;
 
 /// One change of a key, as every watcher must see it.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,6 +59,7 @@ pub(super) enum Asked {
     Read { key: Bytes, linearizable: bool },
     Grant { id: i64, ttl: i64 },
     KeepAlive { id: i64, ttl: i64 },
+    Change(Change),
     Untagged,
 }
 
@@ -61,6 +73,9 @@ pub(super) struct Op {
     pub(super) after: u64,
     /// Through which member, in which of its lives.
     pub(super) at: (usize, u64),
+    /// Everybody who votes knew already that this member was removed; and how many crashes
+    /// there had been by then, after which somebody may have forgotten it for a while.
+    pub(super) unheard: Option<u64>,
 }
 
 /// How it ended.
@@ -78,6 +93,18 @@ pub(super) enum Ended {
     GaveUp,
     /// It certainly has not happened.
     Failed,
+}
+
+impl Ended {
+    /// Whether a member cannot know it of itself.
+    fn is_of_the_cluster(&self, op: &Op) -> bool {
+        match self {
+            Ended::Outcome(outcome) => outcome.is_ok(),
+            Ended::Read { .. } => matches!(op.asked, Asked::Read { linearizable: true, .. }),
+            Ended::KeptAlive(lives) => *lives,
+            Ended::GaveUp | Ended::Failed => false,
+        }
+    }
 }
 
 /// Where a watcher is.
@@ -106,6 +133,14 @@ pub(super) struct Counts {
     pub(super) progress: u64,
     /// States that were compared with the judge's.
     pub(super) compared: u64,
+    /// Members that were added, made voters, and removed.
+    pub(super) added: u64,
+    pub(super) promoted: u64,
+    pub(super) removed: u64,
+    /// Changes of the members that were answered.
+    pub(super) changed: u64,
+    /// Operations that were asked of a member when all knew that it was removed.
+    pub(super) unheard: u64,
 }
 
 impl Counts {
@@ -117,13 +152,21 @@ impl Counts {
         self.watched += other.watched;
         self.progress += other.progress;
         self.compared += other.compared;
+        self.added += other.added;
+        self.promoted += other.promoted;
+        self.removed += other.removed;
+        self.changed += other.changed;
+        self.unheard += other.unheard;
     }
 
-    /// Whether nothing was left out.
+    /// Whether nothing was left out. Of what only some seeds do a part is enough.
     pub(super) fn all_above(&self, least: u64) -> bool {
-        let Counts { writes, reads, keepalives, expired, watched, progress, compared } = *self;
+        let Counts { writes, reads, keepalives, expired, watched, progress, compared, .. } = *self;
+        let Counts { added, promoted, removed, changed, unheard, .. } = *self;
         let counts = [writes, reads, keepalives, expired, watched, progress, compared];
+        let of_some = [added, promoted, removed, changed, unheard];
         counts.iter().all(|count| *count > least)
+            && of_some.iter().all(|count| *count > least / SELDOM)
     }
 }
 
@@ -143,11 +186,12 @@ pub(super) struct Judge {
     refuted: BTreeSet<u64>,
     leaders: BTreeMap<u64, u64>,
     leases: BTreeMap<i64, LeaseView>,
+    pub(super) roll: Roll,
     /// The newest index that a client knows to be applied.
     pub(super) acknowledged: u64,
     pub(super) trace: u64,
-    /// What was checked, to be sure that it was.
-    pub(super) counts: Counts,
+    /// What was checked, to be sure that it was; what changed is in the roll.
+    counts: Counts,
     first: Box<dyn Fn() -> StateMachine>,
 }
 
@@ -161,6 +205,7 @@ impl Judge {
         let model = first();
         Judge {
             base: model.applied().index,
+            roll: Roll::new(model.applied().index, model.members()),
             entries: Vec::new(),
             model,
             hashes: BTreeMap::new(),
@@ -185,6 +230,12 @@ impl Judge {
 
     pub(super) fn last_index(&self) -> u64 {
         self.base + self.entries.len() as u64
+    }
+
+    /// What was checked, and how often.
+    pub(super) fn checked(&self) -> Counts {
+        let Changes { added, promoted, removed } = self.roll.changes;
+        Counts { added, promoted, removed, ..self.counts }
     }
 
     pub(super) fn revision(&self) -> i64 {
@@ -212,12 +263,32 @@ impl Judge {
         }
     }
 
-    /// A member takes these for committed.
+    /// Raft's configuration is that of the members, as of the same entry.
+    pub(super) fn configured(
+        &self,
+        member: u64,
+        index: u64,
+        found: &Configuration,
+    ) -> Result<(), Failure> {
+        // One that has yet to be sent the state is part of no configuration.
+        let is_due = if index < self.base {
+            *found == Configuration::default()
+        } else {
+            self.roll.is_configuration(index, found)
+        };
+        if is_due {
+            return Ok(());
+        }
+        violation(format!("raft's configuration of {member:x} at {index} is {found:x?}"))
+    }
+
+    /// A member takes these for committed; `holders` says on whose disks one is.
     pub(super) fn committed(
         &mut self,
         member: u64,
         entries: &[Entry],
         now_us: u64,
+        holders: &dyn Fn(Mark) -> Vec<u64>,
     ) -> Result<(), Failure> {
         for entry in entries {
             let position = usize::try_from(entry.index - self.base - 1).unwrap_or(usize::MAX);
@@ -230,7 +301,16 @@ impl Judge {
                         entry.index, known.term, entry.term
                     ));
                 }
-                None if position == self.entries.len() => self.apply(entry, now_us)?,
+                None if position == self.entries.len() => {
+                    let holders = holders(Mark { index: entry.index, term: entry.term });
+                    if !self.roll.decide(&holders) {
+                        return violation(format!(
+                            "{member:x} takes entry {} for committed, which {holders:x?} have",
+                            entry.index
+                        ));
+                    }
+                    self.apply(entry, now_us)?;
+                }
                 None => {
                     return violation(format!(
                         "{member:x} applies entry {} before those that lead to it",
@@ -260,6 +340,8 @@ impl Judge {
         };
         let mut effects = Effects::default();
         let outcome = self.model.apply(mark, command, &mut effects);
+        let roll = self.roll.applied(entry.index, raft::is_change(entry), self.model.members());
+        roll.map_err(Failure::Violation)?;
         for change in &effects.changes {
             let record = KeyValue::decode(change.kv.clone())
                 .map_err(|error| Failure::Violation(error.to_string()))?;
@@ -339,7 +421,22 @@ impl Judge {
     }
 
     /// An operation has ended.
-    pub(super) fn ended(&mut self, op: &Op, ended: Ended, now_us: u64) -> Result<(), Failure> {
+    pub(super) fn ended(
+        &mut self,
+        op: &Op,
+        ended: Ended,
+        now_us: u64,
+        crashes: u64,
+    ) -> Result<(), Failure> {
+        if op.unheard == Some(crashes) {
+            self.counts.unheard += 1;
+            if ended.is_of_the_cluster(op) {
+                return violation(format!(
+                    "a member that all knew to be removed answers {:?} with {ended:?}",
+                    op.asked
+                ));
+            }
+        }
         match ended {
             Ended::GaveUp => self.note(1),
             Ended::Failed => {
@@ -367,16 +464,28 @@ impl Judge {
             }
             Ended::Outcome(outcome) => {
                 self.note(4);
-                if matches!(op.asked, Asked::Untagged) {
-                    return Ok(());
+                match &op.asked {
+                    Asked::Untagged => {}
+                    Asked::Change(change) => self.changed(op, change, outcome)?,
+                    _ => self.written(op, outcome, now_us)?,
                 }
-                self.written(op, outcome, now_us)?;
             }
             Ended::Read { applied, revision, value } => {
                 self.note(5 ^ applied);
                 self.read(op, applied, revision, value)?;
             }
         }
+        Ok(())
+    }
+
+    /// A change of the members that succeeded was made while it was asked for.
+    fn changed(&mut self, op: &Op, change: &Change, outcome: Outcome) -> Result<(), Failure> {
+        let Ok(Response::Members(members)) = outcome else { return Ok(()) };
+        let Some(index) = self.roll.made_at(op.after, change, &members) else {
+            return violation(format!("{change:x?} is acknowledged with {members:x?}"));
+        };
+        self.counts.changed += 1;
+        self.acknowledged = self.acknowledged.max(index);
         Ok(())
     }
 
@@ -463,6 +572,10 @@ impl Judge {
     /// A member has started with this state.
     pub(super) fn recovered(&self, member: u64, state: &StateMachine) -> Result<(), Failure> {
         let applied = state.applied().index;
+        if applied == 0 {
+            // It joins, and is yet to be sent the state.
+            return Ok(());
+        }
         if applied > self.last_index() {
             return violation(format!("{member:x} has applied {applied}, which nobody committed"));
         }

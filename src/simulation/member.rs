@@ -28,7 +28,7 @@ use crate::metrics::Metrics;
 use crate::net::snapshot::{Arrived, Image as _};
 use crate::pb::etcdserverpb::ResponseHeader;
 use crate::pb::kvorumpb::SnapshotBegin;
-use crate::raft::{Node, Outgoing, Refused, Role};
+use crate::raft::{Configuration, Node, Outgoing, Refused, Role};
 use crate::runtime::apply_thread::{self, ApplyTask, ApplyThread, CompactionPace};
 use crate::runtime::boot_clock::BootClock;
 use crate::runtime::checkpoint_thread::{
@@ -227,6 +227,8 @@ impl Life {
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let mut node = Node::new(start).map_err(|error| violation(&error))?;
         node.planted.sends_before_fsync = planted == Planted::SendsBeforeFsync;
+        node.planted.learners_vote = planted == Planted::LearnersVote;
+        node.planted.ignores_refusals = planted == Planted::RefusedChangesCount;
 
         let metrics = METRICS.with(Arc::clone);
         let (fault, shortage) = (Fault::default(), Arc::new(Shortage::default()));
@@ -239,6 +241,7 @@ impl Life {
             applied.term,
             BootClock::Simulated(Arc::clone(&boot_clock)),
         ));
+        published.set_members(&state.read());
         let waiters = Arc::new(Waiters::new(identity.member_id, boot));
         let leases = Arc::new(LeaseClock::new(Arc::clone(&published)));
         let pins = Arc::new(Pins::default());
@@ -451,6 +454,11 @@ impl Life {
 
     pub(super) fn role(&self) -> Role {
         *self.published.role.borrow()
+    }
+
+    /// Raft's configuration, and as of which applied entry, when that can be said.
+    pub(super) fn configuration(&self) -> Option<(u64, Configuration)> {
+        self.raft.configuration()
     }
 
     pub(super) fn describe(&self) -> String {

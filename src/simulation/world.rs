@@ -1,7 +1,11 @@
-//! The queue of events, the network, the faults, and the clients.
+//! The queue of events, the network, the faults, and the clients. Who comes and goes is in
+//! [`membership`].
+
+mod membership;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::future::Future;
 use std::mem;
 use std::path::Path;
 use std::sync::Arc;
@@ -35,7 +39,7 @@ use crate::runtime::raft_thread::{Proposal, RaftInput};
 use crate::runtime::records;
 use crate::runtime::recover::{self, Bootstrap};
 use crate::runtime::watch_hub::WatchStream;
-use crate::state::StateMachine;
+use crate::state::{Outcome, StateMachine};
 
 const MS: u64 = 1000;
 const SECOND: u64 = 1000 * MS;
@@ -65,6 +69,12 @@ struct Nature {
     keys: u64,
     /// It is over only when all leases are.
     outlives_leases: bool,
+    /// How often the members change, if they do.
+    change_us: Option<u64>,
+    /// Whether it is asked before whether a change is safe: `--strict-reconfig-check`.
+    strict: bool,
+    /// Whether raft hears what members that were removed say, as if nobody refused them.
+    hears_removed: bool,
 }
 
 impl Nature {
@@ -100,6 +110,9 @@ impl Nature {
             keys: random.between(1, 8),
             reads: if random.chance(300) { 700 } else { 200 },
             outlives_leases: random.chance(150),
+            change_us: random.chance(300).then(|| random.between(50, 600) * MS),
+            strict: random.chance(300),
+            hears_removed: random.chance(300),
         }
     }
 }
@@ -148,6 +161,11 @@ enum Packet {
         id: u64,
         is_in_force: bool,
     },
+    /// A life is told that its member was removed.
+    Removed {
+        to: usize,
+        boot: u64,
+    },
 }
 
 impl Packet {
@@ -156,7 +174,10 @@ impl Packet {
         match self {
             Packet::Raft { from, to, .. } | Packet::Forward { from, to, .. } => Some((*from, *to)),
             // Calls fail by themselves.
-            Packet::Refusals { .. } | Packet::Image { .. } | Packet::ImageSent { .. } => None,
+            Packet::Refusals { .. }
+            | Packet::Image { .. }
+            | Packet::ImageSent { .. }
+            | Packet::Removed { .. } => None,
         }
     }
 }
@@ -167,6 +188,8 @@ enum Event {
     Packet(Packet),
     Client,
     Fault,
+    Change,
+    Farewell { member: usize, boot: u64 },
     Start(usize),
     Wake { member: usize, suspended: bool },
     Heal,
@@ -221,6 +244,39 @@ struct Machine {
     last_revision: i64,
     last_compact: i64,
     applied_seen: u64,
+    /// Whether it knows that it was removed, and stops soon.
+    leaves: bool,
+    /// It was removed, and does not start again.
+    gone: bool,
+}
+
+impl Machine {
+    /// One that has never run, with a member's first state on its disk.
+    fn new(mut state: StateMachine, random: &mut Random) -> Machine {
+        let disk = Disk::new(recover::identity(&state), random);
+        let start = state.applied();
+        if start.index > 0 {
+            let (mut log, _) = disk.open_log();
+            log.install(start, HardState::of_start(start)).expect("an empty log");
+        }
+        records::fill(disk.open_store().as_mut(), &state.cut()).expect("an empty store");
+        Machine {
+            id: state.member_id(),
+            disk,
+            boots: 0,
+            life: None,
+            scheduled: [false; 6],
+            asleep: None,
+            deferred: Vec::new(),
+            slowness: 1,
+            watching: None,
+            last_revision: 0,
+            last_compact: -1,
+            applied_seen: 0,
+            leaves: false,
+            gone: false,
+        }
+    }
 }
 
 type Done = Arc<Mutex<Vec<(u64, Ended)>>>;
@@ -248,6 +304,8 @@ pub(super) struct World {
     crashes: u64,
     last_writes: Vec<u64>,
     wrote_last: bool,
+    /// Members that were asked for, the first ones included.
+    named: usize,
 }
 
 fn bootstrap(members: usize, name: usize) -> Bootstrap {
@@ -275,30 +333,8 @@ impl World {
         let mut random = Random::new(seed);
         let nature = Nature::draw(&mut random);
         let members = nature.members;
-        let machines = (0..members).map(|name| {
-            let mut state = first_state(members, name);
-            let disk = Disk::new(recover::identity(&state), &mut random);
-            let start = state.applied();
-            if start.index > 0 {
-                let (mut log, _) = disk.open_log();
-                log.install(start, HardState::of_start(start)).expect("an empty log");
-            }
-            records::fill(disk.open_store().as_mut(), &state.cut()).expect("an empty store");
-            Machine {
-                id: state.member_id(),
-                disk,
-                boots: 0,
-                life: None,
-                scheduled: [false; 6],
-                asleep: None,
-                deferred: Vec::new(),
-                slowness: 1,
-                watching: None,
-                last_revision: 0,
-                last_compact: -1,
-                applied_seen: 0,
-            }
-        });
+        let machines = (0..members).map(|name| first_state(members, name));
+        let machines = machines.map(|state| Machine::new(state, &mut random));
         let machines = machines.collect();
         World {
             random,
@@ -319,6 +355,7 @@ impl World {
             crashes: 0,
             last_writes: Vec::new(),
             wrote_last: false,
+            named: members,
             nature,
         }
     }
@@ -342,7 +379,7 @@ impl World {
                 terms: self.judge.leader_count() as u64,
                 crashes: self.crashes,
                 reopened: self.machines.iter().map(|machine| machine.disk.reopened()).sum(),
-                checked: self.judge.counts,
+                checked: self.judge.checked(),
             }),
             Err(Failure::Violation(what)) => {
                 Err(format!("at {} µs, event {}: {what}", self.now, self.events))
@@ -359,6 +396,9 @@ impl World {
         self.schedule(100 * MS, Event::Client);
         let first_fault = self.random.below(self.nature.fault_us * 2);
         self.schedule(first_fault, Event::Fault);
+        if let Some(change_us) = self.nature.change_us {
+            self.schedule(change_us, Event::Change);
+        }
         let chaos_us = self.nature.chaos_us;
         self.schedule(chaos_us, Event::Calm);
         while let Some(Reverse(Scheduled { at, event, .. })) = self.queue.pop() {
@@ -372,7 +412,7 @@ impl World {
                 return Err(Failure::Violation(self.stuck()));
             }
         }
-        for machine in &self.machines {
+        for machine in self.members() {
             let Some(life) = &machine.life else { continue };
             self.judge.is_at_end(machine.id, &life.state.read())?;
         }
@@ -402,13 +442,15 @@ impl World {
         let is_done = |machine: &Machine| {
             let life = machine.life.as_ref();
             let watching = machine.watching.as_ref();
-            life.is_some_and(|life| life.state.read().applied().index == end)
+            let knows = |life: &Life| life.configuration().is_some_and(|(index, _)| index == end);
+            life.is_some_and(|life| life.state.read().applied().index == end && knows(life))
                 && watching.is_none_or(|watching| self.judge.is_told(&watching.cursor))
         };
         self.wrote_last
             && self.ops.is_empty()
             && !(self.nature.outlives_leases && self.judge.has_leases())
-            && self.machines.iter().all(is_done)
+            && self.members().count() == self.judge.roll.last().records().len()
+            && self.members().all(is_done)
     }
 
     fn happen(&mut self, event: Event) -> Result<(), Failure> {
@@ -420,7 +462,8 @@ impl World {
                 | Packet::Forward { to, .. }
                 | Packet::Refusals { to, .. }
                 | Packet::Image { to, .. }
-                | Packet::ImageSent { to, .. },
+                | Packet::ImageSent { to, .. }
+                | Packet::Removed { to, .. },
             ) => Some(*to),
             _ => None,
         };
@@ -435,6 +478,16 @@ impl World {
             Event::Packet(packet) => self.deliver(packet),
             Event::Client => self.client(),
             Event::Fault => self.fault(),
+            Event::Change => {
+                self.change();
+                Ok(())
+            }
+            Event::Farewell { member, boot } => {
+                if self.machines[member].life.as_ref().is_some_and(|life| life.boot == boot) {
+                    self.leave(member);
+                }
+                Ok(())
+            }
             Event::Start(member) => self.start(member),
             Event::Wake { member, suspended } => {
                 self.wake(member, suspended);
@@ -457,7 +510,7 @@ impl World {
     fn start(&mut self, member: usize) -> Result<(), Failure> {
         let now = self.now;
         let machine = &mut self.machines[member];
-        if machine.life.is_some() {
+        if machine.life.is_some() || machine.gone {
             return Ok(());
         }
         machine.boots += 1;
@@ -487,8 +540,11 @@ impl World {
         }
         self.judge.note(7 ^ (member as u64) << 8 ^ machine.applied_seen << 16);
         machine.life = Some(life);
+        machine.leaves = false;
         machine.scheduled = [false; 6];
         self.turn_later(member, Turn::Tick, 0);
+        self.say_farewell(member);
+        self.publish(member);
         self.look_after(member)
     }
 
@@ -530,8 +586,10 @@ impl World {
             self.last_writes.clear();
             self.schedule(200 * MS, Event::Client);
         }
-        let after = if self.calm { 10 * MS } else { self.random.between(10, 2000) * MS };
-        self.schedule(after, Event::Start(member));
+        if !self.machines[member].gone {
+            let after = if self.calm { 10 * MS } else { self.random.between(10, 2000) * MS };
+            self.schedule(after, Event::Start(member));
+        }
         // Others may see the connection break.
         let id = self.machines[member].id;
         for other in 0..self.machines.len() {
@@ -603,8 +661,12 @@ impl World {
             self.turn_later(member, Turn::Tasks, after);
         }
         self.look_after(member)?;
+        if turn == Turn::Raft {
+            self.look_at_configuration(member)?;
+        }
         if turn == Turn::Apply {
             self.look_at_state(member)?;
+            self.say_farewell(member);
         }
         if turn == Turn::Tasks {
             self.hear(member)?;
@@ -614,7 +676,6 @@ impl World {
 
     /// Carries on what a turn led to.
     fn look_after(&mut self, member: usize) -> Result<(), Failure> {
-        let now = self.now;
         let machine = &mut self.machines[member];
         let Some(life) = machine.life.as_mut() else { return Ok(()) };
         let id = machine.id;
@@ -622,14 +683,9 @@ impl World {
             return Err(Failure::Violation(format!("{id:x} stops: {fault}")));
         }
         self.judge.leads(id, life.role())?;
-        let mut applies = false;
-        while let Some(task) = life.take_committed() {
-            if let ApplyTask::Entries(entries) = &task {
-                self.judge.committed(id, entries, now)?;
-            }
-            life.hand_to_apply(task);
-            applies = true;
-        }
+        let applies = self.commit(member)?;
+        let machine = &mut self.machines[member];
+        let Some(life) = machine.life.as_mut() else { return Ok(()) };
         life.make_images();
         let mut installed = Vec::new();
         life.installs.retain_mut(|(from, boot, receiver)| match receiver.try_recv() {
@@ -708,6 +764,36 @@ impl World {
         Ok(())
     }
 
+    /// Passes on what raft takes for committed, once the judge has seen it.
+    fn commit(&mut self, member: usize) -> Result<bool, Failure> {
+        let mut applies = false;
+        while let Some(task) = self.machines[member].life.as_mut().and_then(Life::take_committed) {
+            let machines = &self.machines;
+            if let ApplyTask::Entries(entries) = &task {
+                let holders = |entry: Mark| {
+                    let holding = machines.iter().filter(|machine| machine.disk.holds(entry));
+                    holding.map(|machine| machine.id).collect()
+                };
+                self.judge.committed(machines[member].id, entries, self.now, &holders)?;
+            }
+            if let Some(life) = &machines[member].life {
+                life.hand_to_apply(task);
+            }
+            applies = true;
+        }
+        if applies && self.calm {
+            self.start_the_added();
+        }
+        Ok(applies)
+    }
+
+    fn look_at_configuration(&self, member: usize) -> Result<(), Failure> {
+        let machine = &self.machines[member];
+        let configuration = machine.life.as_ref().and_then(Life::configuration);
+        let Some((index, configuration)) = configuration else { return Ok(()) };
+        self.judge.configured(machine.id, index, &configuration)
+    }
+
     fn look_at_state(&mut self, member: usize) -> Result<(), Failure> {
         let machine = &mut self.machines[member];
         let Some(life) = &machine.life else { return Ok(()) };
@@ -743,13 +829,14 @@ impl World {
 
     /// An image goes out with raft's message, or does not.
     fn send_image(&mut self, member: usize, id: u64, mark: Mark, message: Bytes) {
-        let Some(to) = self.member_of(id) else { return };
+        let to = self.member_of(id);
         let Some(life) = &mut self.machines[member].life else { return };
         let boot = life.boot;
         let fails = !self.calm && self.random.chance(200);
         let delay = self.random.between(1, 300) * MS;
-        let packet = match life.image(id, mark).filter(|_| !fails) {
-            Some((image, chunks)) => {
+        let image = life.image(id, mark).filter(|_| !fails);
+        let packet = match to.zip(image) {
+            Some((to, (image, chunks))) => {
                 let Mark { index, term } = mark;
                 let begin = SnapshotBegin { id: image, index, term, message };
                 Packet::Image { from: member, boot, to, begin, chunks }
@@ -762,7 +849,7 @@ impl World {
     fn deliver(&mut self, packet: Packet) -> Result<(), Failure> {
         match packet {
             Packet::Raft { from, to, bytes } => {
-                if self.cut[from][to] {
+                if self.cut[from][to] || self.refuses(to, from, true) {
                     return Ok(());
                 }
                 if let Some(life) = &self.machines[to].life {
@@ -772,7 +859,7 @@ impl World {
                 }
             }
             Packet::Forward { from, boot, to, term, proposal } => {
-                if self.cut[from][to] {
+                if self.cut[from][to] || self.refuses(to, from, false) {
                     return Ok(());
                 }
                 let from = self.machines[from].id;
@@ -787,7 +874,8 @@ impl World {
             }
             Packet::Image { from, boot, to, begin, chunks } => {
                 let (sender, id) = (self.machines[from].id, self.machines[to].id);
-                let reaches = !self.cut[from][to] && !self.cut[to][from];
+                let reaches =
+                    !self.cut[from][to] && !self.cut[to][from] && !self.refuses(to, from, false);
                 let life = self.machines[to].life.as_mut().filter(|_| reaches);
                 let is_taken =
                     life.is_some_and(|life| life.receive_image((sender, boot), begin, chunks));
@@ -796,6 +884,11 @@ impl World {
                 } else {
                     let packet = Packet::ImageSent { to: from, boot, id, is_in_force: false };
                     self.schedule(MS, Event::Packet(packet));
+                }
+            }
+            Packet::Removed { to, boot } => {
+                if self.machines[to].life.as_ref().is_some_and(|life| life.boot == boot) {
+                    self.leave(to);
                 }
             }
             Packet::ImageSent { to, boot, id, is_in_force } => {
@@ -958,6 +1051,7 @@ impl World {
                 self.schedule(10 * MS, Event::Start(member));
             }
         }
+        self.start_the_added();
         // Time for those that have just woken.
         self.schedule(SECOND, Event::Client);
         Ok(())
@@ -1020,12 +1114,9 @@ impl World {
     /// Once nothing fails, a write and a read succeed through every member.
     fn write_last(&mut self) -> Result<(), Failure> {
         let end = self.judge.last_index();
-        let all_live = self.machines.iter().all(|machine| machine.life.is_some());
-        let has_leader = all_live
-            && self
-                .machines
-                .iter()
-                .all(|machine| machine.life.as_ref().is_some_and(|life| life.role().leader != 0));
+        let has_leader = self
+            .members()
+            .all(|machine| machine.life.as_ref().is_some_and(|life| life.role().leader != 0));
         if self.wrote_last && self.last_writes.is_empty() {
             return Ok(());
         }
@@ -1035,7 +1126,9 @@ impl World {
             return Ok(());
         }
         self.wrote_last = true;
-        for member in 0..self.machines.len() {
+        let is_member = |member: &usize| self.is_member(&self.machines[*member]);
+        let members: Vec<usize> = (0..self.machines.len()).filter(is_member).collect();
+        for member in members {
             let tag = self.next_tag;
             self.last_writes.push(tag);
             let request = Request::Put(put(Bytes::from_static(b"last"), tag, 0));
@@ -1052,7 +1145,8 @@ impl World {
         self.next_tag += 1;
         let at = (member, self.machines[member].boots);
         let after = self.judge.acknowledged;
-        self.ops.insert(tag, Op { tag, asked, began_us: self.now, after, at });
+        let unheard = self.is_unheard(member).then_some(self.crashes);
+        self.ops.insert(tag, Op { tag, asked, began_us: self.now, after, at, unheard });
         let wait = self.random.below(MS);
         self.turn_later(member, Turn::Tasks, wait);
         tag
@@ -1066,14 +1160,24 @@ impl World {
     }
 
     fn propose(&mut self, member: usize, asked: Asked, request: Request) {
+        let Some(life) = &self.machines[member].life else { return };
+        let proposer = Arc::clone(&life.proposer);
+        self.ask(member, asked, async move { proposer.propose(request).await });
+    }
+
+    /// Has a member do what ends in an outcome.
+    fn ask(
+        &mut self,
+        member: usize,
+        asked: Asked,
+        answer: impl Future<Output = Outcome> + Send + 'static,
+    ) {
         let tag = self.begin(member, asked);
         let patience = self.patience();
         let done = Arc::clone(&self.done);
         let Some(life) = &mut self.machines[member].life else { return };
-        let proposer = Arc::clone(&life.proposer);
         life.spawn(async move {
-            let answer = tokio::time::timeout(patience, proposer.propose(request)).await;
-            let ended = match answer {
+            let ended = match tokio::time::timeout(patience, answer).await {
                 Err(_) => Ended::GaveUp,
                 Ok(Ok(response)) => Ended::Outcome(Ok(response)),
                 Ok(Err(error)) if error.is_ambiguous() => Ended::GaveUp,
@@ -1204,7 +1308,7 @@ impl World {
                 }
                 self.last_writes.remove(position);
             }
-            self.judge.ended(&op, ended, now)?;
+            self.judge.ended(&op, ended, now, self.crashes)?;
         }
         Ok(())
     }
