@@ -680,12 +680,14 @@ impl Node {
 
         let install = mark.map(|mark| Install { mark, number, hard_state });
         // A commit index alone is not worth a write: on start it is raised to what
-        // is applied, and the next entries carry it.
-        let append = (must_sync && install.is_none()).then(|| {
+        // is applied, and the next entries carry it. But who has to be asked after a crash is
+        // said by the changes that are known to be committed: the last of two may be alone.
+        let writes = must_sync || (self.hard_state_is_new && committed.iter().any(is_change));
+        let append = (writes && install.is_none()).then(|| {
             let hard_state = self.hard_state_is_new.then_some(hard_state);
             Append { number, entries, hard_state }
         });
-        if must_sync {
+        if writes {
             self.unpersisted = number;
             self.hard_state_is_new = false;
             self.installing = install.is_some().then_some(number);

@@ -193,6 +193,8 @@ struct Three {
     wire: VecDeque<(u64, Outgoing)>,
     /// Writes that the disk of a member has yet to finish, when it is slow.
     unfinished: BTreeMap<u64, Vec<u64>>,
+    /// What the disks that are not slow have of the newest commit index.
+    written_commit: BTreeMap<u64, u64>,
     slow: Vec<u64>,
     cut_off: Vec<u64>,
     committed: BTreeMap<u64, Vec<Entry>>,
@@ -224,6 +226,7 @@ impl Three {
             nodes: nodes.collect(),
             wire: VecDeque::new(),
             unfinished: BTreeMap::new(),
+            written_commit: BTreeMap::new(),
             slow: vec![],
             cut_off: vec![],
             committed: BTreeMap::new(),
@@ -252,6 +255,8 @@ impl Three {
                         if self.slow.contains(id) {
                             self.unfinished.entry(*id).or_default().push(append.number);
                         } else {
+                            let commit = append.hard_state.map(|hard_state| hard_state.commit);
+                            self.written_commit.extend(commit.map(|commit| (*id, commit)));
                             node.persisted(append.number);
                         }
                     }
@@ -579,6 +584,23 @@ fn a_change_takes_effect_when_it_is_applied_and_one_at_a_time() {
     assert_eq!(progress.len(), 2, "{progress:?}");
     let entry = three.committed[&leader].last().unwrap();
     assert_eq!(command(entry), Some(&Bytes::from_static(b"bye")));
+}
+
+/// Who is left of two must not ask the other, who may be gone, after a crash.
+#[test]
+fn that_a_change_is_committed_is_written() {
+    let mut three = Three::new();
+    let leader = three.elect();
+    let change = Change::Remove(1 + leader % 3);
+    let command = Bytes::from_static(b"entry");
+    three.node(leader).propose(command.clone()).unwrap();
+    three.settle();
+    let entry = three.node(leader).committed();
+    assert!(three.written_commit[&leader] < entry, "a commit index alone is not written");
+    three.node(leader).propose_change(change, command).unwrap();
+    three.settle();
+    assert_eq!(three.node(leader).committed(), entry + 1);
+    assert_eq!(three.written_commit[&leader], entry + 1);
 }
 
 #[test]
