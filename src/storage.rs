@@ -337,8 +337,8 @@ pub enum StorageError {
         /// The checkpoint's directory.
         dir: PathBuf,
     },
-    /// A key is among those that stay as they are.
-    #[error("a key of table Mvcc is changed that is frozen")]
+    /// A key is among those that stay as they are, or comes before them.
+    #[error("a key of table Mvcc is changed that is frozen, or frozen out of order")]
     Frozen,
     /// A key is longer than [`KEY_MAX_BYTES`].
     #[error("a key of {len} bytes in table {table:?}, where {KEY_MAX_BYTES} is the most")]

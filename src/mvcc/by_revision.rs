@@ -13,8 +13,9 @@
 //!
 //! So the history is read as it is, and the base is gathered from the tree and sorted: a *window*
 //! of it at a time, those records that come first after the last window. Each window takes a walk
-//! over all keys, which looks at revisions alone and copies nothing but handles, so that a base
-//! of any size takes `WINDOW_RECORDS` of memory, and some walks.
+//! over all keys, which looks at revisions alone and copies nothing but handles. So a base takes
+//! `WINDOW_RECORDS` of memory and some walks; one that would take more than `WALKS_MAX` of these
+//! has larger windows.
 //!
 //! What compaction has given up is left out, whether it is freed yet or not. What it spares for
 //! watchers only, the versions replaced exactly at C, etcd does not have: they are in the base of
@@ -31,6 +32,8 @@ use super::{Revision, Version};
 
 /// Records in a window, unless there are no more: some 20 MiB.
 const WINDOW_RECORDS: usize = 1 << 18;
+/// Walks over the keys, about, however many there are.
+const WALKS_MAX: usize = 16;
 
 /// The records of a store as of one revision, in revision order. Between steps the store may be
 /// written and compacted, as long as [`RevisionWalk::floor`] is respected by every
@@ -78,23 +81,29 @@ struct Window {
 impl Store {
     /// Begins to walk all records as of the present revision: what [`Store::restore`] needs.
     pub fn walk(&self) -> RevisionWalk {
-        RevisionWalk::new(self, false, WINDOW_RECORDS)
+        RevisionWalk::new(self, false, self.window_records())
     }
 
     /// Begins to walk those records as of the present revision that etcd would have.
     pub fn walk_as_etcd(&self) -> RevisionWalk {
-        RevisionWalk::new(self, true, WINDOW_RECORDS)
+        RevisionWalk::new(self, true, self.window_records())
+    }
+
+    fn window_records(&self) -> usize {
+        WINDOW_RECORDS.max(self.tree.live() / WALKS_MAX)
     }
 }
 
 impl RevisionWalk {
     pub(super) fn new(store: &Store, as_etcd: bool, window_records: usize) -> RevisionWalk {
-        RevisionWalk {
-            at: store.revision,
-            base: Base { compact_revision: store.compact_revision, as_etcd },
-            window_records,
-            phase: Phase::Base(Window::after(Revision::default())),
-        }
+        let compact_revision = store.compact_revision;
+        let phase = if compact_revision < 0 {
+            Phase::history(Revision::default())
+        } else {
+            Phase::Base(Window::after(Revision::default()))
+        };
+        let base = Base { compact_revision, as_etcd };
+        RevisionWalk { at: store.revision, base, window_records, phase }
     }
 
     /// The revision the records are as of.
@@ -120,10 +129,7 @@ impl RevisionWalk {
         {
             self.phase = match window.before {
                 Some(_) => Phase::Base(Window::after(window.after)),
-                None => {
-                    let next = Revision::new(self.base.compact_revision, 0);
-                    Phase::History { next, found: VecDeque::new(), ended: false }
-                }
+                None => Phase::history(Revision::new(self.base.compact_revision, 0)),
             };
         }
         match &mut self.phase {
@@ -159,6 +165,13 @@ impl RevisionWalk {
             }
             Phase::History { found, .. } => found.pop_front(),
         }
+    }
+}
+
+impl Phase {
+    /// From this revision on.
+    fn history(next: Revision) -> Phase {
+        Phase::History { next, found: VecDeque::new(), ended: false }
     }
 }
 
@@ -285,6 +298,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_step_ends_when_it_has_found_so_many_bytes() {
+        let store = store(150);
+        let mut walk = store.walk();
+        let mut steps = Vec::new();
+        while !walk.is_done() {
+            walk.step(&store, usize::MAX, 1);
+            steps.push(std::iter::from_fn(|| walk.take()).count());
+        }
+        // The base, from which nothing can be taken before all of it is known; then one by one.
+        let (base, history) = steps.split_first().unwrap();
+        let is_one = |found: &usize| *found == 1;
+        assert!(*base > 20 && history.iter().rev().skip(1).all(is_one), "{steps:?}");
     }
 
     #[test]

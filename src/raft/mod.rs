@@ -495,7 +495,7 @@ impl Node {
         if self.raw.raft.has_pending_conf() {
             return Err(Refused::Busy);
         }
-        // A leader that is removed steps down: nobody has to wait for an election before.
+        // It hands over first: to step down when that is applied would cost an election.
         if change == Change::Remove(self.raw.raft.id) && self.resign() {
             return Err(Refused::NotLeader);
         }

@@ -18,6 +18,9 @@ use crate::state::StateMachine;
 pub const HELD_BYTES_MAX: u64 = 512 << 20;
 /// Changes looked at in one hold of the state's lock: well under a millisecond.
 const CHANGES_PER_STEP: usize = 4096;
+/// Such steps at a time: readers that are tasks of the runtime look as well. A reader that has to
+/// count more does so the next time, and it steps often enough for that.
+const STEPS_AT_ONCE: usize = 4;
 
 /// How much a reader keeps.
 #[derive(Debug)]
@@ -33,18 +36,18 @@ impl Held {
         Held { bytes: 0, counted_to: Revision::new(pinned, 0) }
     }
 
-    /// Counts what was compacted since the last time, in steps, and says whether all of it
-    /// is more than [`HELD_BYTES_MAX`].
+    /// Counts what was compacted since the last time, and says whether all of it is more than
+    /// [`HELD_BYTES_MAX`]. To be called after each step of the reader.
     pub(super) fn is_too_much(&mut self, state: &RwLock<StateMachine>) -> bool {
-        while self.bytes <= HELD_BYTES_MAX {
+        for _ in 0..STEPS_AT_ONCE {
             let from = self.counted_to;
             let (bytes, next) = state.read().store().replaced_bytes(from, CHANGES_PER_STEP);
-            if next == from {
-                return false;
-            }
             (self.bytes, self.counted_to) = (self.bytes + bytes, next);
+            if next == from {
+                break;
+            }
         }
-        true
+        self.bytes > HELD_BYTES_MAX
     }
 
     /// As if this had been counted.

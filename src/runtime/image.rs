@@ -325,14 +325,14 @@ pub fn fill(
 ) -> Result<Restored, FillError> {
     let mut image = spool.read()?;
     let mut batch = Batch::new();
+    let mut last_version = Bytes::new();
     let mut next = image.next()?.map(Owned::of);
     while let Some(Owned { table, key, value }) = next {
         next = match table {
             Table::Mvcc => {
                 let first = Some(Owned { table, key, value });
-                let image = &mut image;
-                let mut versions =
-                    Versions { image, next: first, last: Bytes::new(), failed: None, is_stopped };
+                let (image, last) = (&mut image, &mut last_version);
+                let mut versions = Versions { image, next: first, last, failed: None, is_stopped };
                 storage.freeze(&mut versions)?;
                 match versions.failed {
                     Some(failed) => return Err(failed),
@@ -391,7 +391,8 @@ struct Versions<'a, R> {
     image: &'a mut ImageReader<R>,
     /// The first that was not given out; of another table, once all versions were.
     next: Option<Owned>,
-    last: Bytes,
+    /// The key of the last that was.
+    last: &'a mut Bytes,
     /// Why there are no more, if not for that.
     failed: Option<FillError>,
     is_stopped: &'a dyn Fn() -> bool,
@@ -406,7 +407,7 @@ impl<R: Read> Iterator for Versions<'_, R> {
             Ok(next) => Ok(next.map(Owned::of)),
             Err(error) => Err(error.into()),
         };
-        let is_in_order = self.last.is_empty() || key > self.last;
+        let is_in_order = key > *self.last;
         self.failed = match next {
             Err(failed) => Some(failed),
             Ok(_) if (self.is_stopped)() => Some(FillError::Stopped),
@@ -422,7 +423,7 @@ impl<R: Read> Iterator for Versions<'_, R> {
         if self.failed.is_some() {
             return None;
         }
-        self.last = key.clone();
+        *self.last = key.clone();
         Some((key, value))
     }
 }

@@ -7,8 +7,9 @@
 //! A pin keeps superseded versions in memory, so it must end. What waits for others (a range
 //! or transaction that gives way between steps, a stream that waits for its client) looks
 //! at the clock, and ends after [`PIN_MAX`]. What does not (hashes, and the checkpoint's
-//! rewrite) takes as long as it takes to see each key once. Images for other members are
-//! somewhere between: they end when nothing of them is taken for a while.
+//! rewrite) takes as long as it takes to see each key, once or some times. Saves, and images for
+//! other members, are somewhere between: they end when nothing of them is taken for a while, or
+//! when they [keep too much](super::held).
 //!
 //! **A state that is replaced**, by a snapshot from another member, holds the same at every
 //! revision that both have: a read of one of these goes on in the new state as if nothing had

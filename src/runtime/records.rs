@@ -225,7 +225,7 @@ pub fn image(state: &Arc<RwLock<StateMachine>>, pins: &Arc<Pins>) -> (Cut, Recor
     let held = state.read();
     let walk = held.store().walk();
     let pin = pins.pin(walk.floor());
-    (held.image_without_records(), Records { state: Arc::clone(state), walk, _pin: pin })
+    (held.image_without_records(), Records { state: Arc::clone(state), walk, pin })
 }
 
 /// The records of a state as of one revision, in their order. They are read in steps,
@@ -233,7 +233,7 @@ pub fn image(state: &Arc<RwLock<StateMachine>>, pins: &Arc<Pins>) -> (Cut, Recor
 pub struct Records {
     state: Arc<RwLock<StateMachine>>,
     walk: RevisionWalk,
-    _pin: Pin,
+    pin: Pin,
 }
 
 impl Iterator for Records {
@@ -244,7 +244,9 @@ impl Iterator for Records {
             if let Some(record) = self.walk.take() {
                 return Some(record);
             }
-            self.walk.step(self.state.read().store(), RECORDS_PER_STEP, STEP_BYTES);
+            let state = self.state.read();
+            debug_assert!(!self.pin.is_lost(), "who replaces the state is the one who reads this");
+            self.walk.step(state.store(), RECORDS_PER_STEP, STEP_BYTES);
         }
         None
     }

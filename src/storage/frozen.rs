@@ -58,6 +58,20 @@ pub(super) enum ReadError {
     Damaged(String),
 }
 
+/// Why records could not be added.
+pub(super) enum ExtendError {
+    /// The operating system says so.
+    Io(io::Error),
+    /// They do not come in the order of their keys, after those there are.
+    OutOfOrder,
+}
+
+impl From<io::Error> for ExtendError {
+    fn from(error: io::Error) -> ExtendError {
+        ExtendError::Io(error)
+    }
+}
+
 impl From<io::Error> for ReadError {
     fn from(error: io::Error) -> ReadError {
         match error.kind() {
@@ -86,14 +100,14 @@ impl Frozen {
     pub(super) fn extend(
         &mut self,
         records: &mut dyn Iterator<Item = (Bytes, Vec<u8>)>,
-    ) -> io::Result<()> {
+    ) -> Result<(), ExtendError> {
         // An earlier attempt may have left something that never became part of it.
         self.file.set_len(self.len)?;
         let mut block = Vec::with_capacity(BLOCK_BYTES);
         let mut synced = self.len;
         for (key, value) in records {
             if self.records > 0 && key <= self.last {
-                return Err(io::Error::other("records are to come in the order of their keys"));
+                return Err(ExtendError::OutOfOrder);
             }
             let too_long = |_| io::Error::other("a record is longer than its length can say");
             block.extend_from_slice(&u16::try_from(key.len()).map_err(too_long)?.to_le_bytes());
@@ -111,7 +125,7 @@ impl Frozen {
             }
         }
         self.append(&mut block)?;
-        self.file.sync_data()
+        Ok(self.file.sync_data()?)
     }
 
     fn append(&mut self, block: &mut Vec<u8>) -> io::Result<()> {

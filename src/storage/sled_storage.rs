@@ -41,7 +41,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::frozen::{self, Frozen};
+use super::frozen::{self, ExtendError, Frozen};
 use super::mark::Mark;
 use super::record::{
     Head, OWN_TABLE, PIECE_BYTES, Pieces, decode_head, decode_piece, encode_head, encode_piece,
@@ -432,7 +432,10 @@ impl Storage for SledStorage {
             None => {
                 // Its name has to be durable before sled may say that there is such a file.
                 self.names_synced = false;
-                Frozen::create(&self.dir).and_then(|frozen| self.sync_names().map(|()| frozen))
+                let frozen = Frozen::create(&self.dir);
+                frozen
+                    .and_then(|frozen| self.sync_names().map(|()| frozen))
+                    .map_err(ExtendError::Io)
             }
         };
         let extended = frozen.and_then(|mut frozen| {
@@ -441,7 +444,11 @@ impl Storage for SledStorage {
         });
         match extended {
             Ok(frozen) => self.frozen = Some(frozen),
-            Err(source) => {
+            Err(ExtendError::OutOfOrder) => {
+                *self.failed.get_mut() = true;
+                return Err(StorageError::Frozen);
+            }
+            Err(ExtendError::Io(source)) => {
                 let error = self.io("write its frozen records", source);
                 // Without space nothing was lost that sled knows of.
                 self.sync_failed |= !error.is_full();
