@@ -432,6 +432,12 @@ impl Node {
         ids.next() == Some(self.raw.raft.id) && ids.next().is_none()
     }
 
+    /// Whether nobody else belongs to the cluster: no learner either, who would hear what is
+    /// committed.
+    pub fn is_only_member(&self) -> bool {
+        self.is_only_voter() && self.raw.raft.prs().iter().count() == 1
+    }
+
     /// Hands leadership to another voter, as soon as that one has the whole log. Proposals
     /// are refused meanwhile; given up after an election timeout.
     pub fn transfer_leader(&mut self, to: u64) {

@@ -82,10 +82,10 @@ impl Published {
         self.committed.load(Ordering::Relaxed)
     }
 
-    /// Whether this member is the leader and the only voter, and has applied an entry
-    /// of its term. Then nobody else can have acknowledged a write, what was
-    /// acknowledged in earlier lives is applied, and what this one acknowledges it has
-    /// applied before.
+    /// Whether this member is the leader and the only member, and has applied an entry
+    /// of its term, and all that members which were removed can have heard of. Then nobody else
+    /// can have acknowledged a write, what was acknowledged in earlier lives is applied, and what
+    /// this one acknowledges it has applied before.
     pub fn is_lone_leader(&self) -> bool {
         self.lone_leader.load(Ordering::Acquire)
     }

@@ -402,7 +402,11 @@ impl RaftThread {
                     self.unsynced.pop_front();
                 }
             }
-            RaftInput::Changed { index, is_accepted } => node.change_applied(index, is_accepted)?,
+            RaftInput::Changed { index, is_accepted } => {
+                node.change_applied(index, is_accepted)?;
+                // Before a member that was added hears anything.
+                self.leads_alone(index.saturating_sub(1));
+            }
             RaftInput::Applied(index) => {
                 node.applied(index);
                 self.leads_alone(index);
@@ -525,17 +529,25 @@ impl RaftThread {
         Ok(())
     }
 
-    /// Everything up to `applied` is applied. A lone leader need ask nobody before it
-    /// reads once that includes all that was committed before its term.
-    fn leads_alone(&self, applied: u64) {
-        let published = &self.parts.published;
-        let is_alone = self.parts.node.is_only_voter()
-            && published.role.borrow().is_leader
-            && self.reads.term_index.is_some_and(|index| index <= applied);
+    /// Everything up to `applied` is applied. A leader who is the only member need ask nobody
+    /// before it reads, once that includes all that was committed before its term, and all that
+    /// others heard of before they left. A learner votes for nobody else; but it applies what it
+    /// is sent, perhaps before the leader does, and answers its clients.
+    fn leads_alone(&mut self, applied: u64) {
+        let RaftParts { node, published, .. } = &self.parts;
+        let leads = published.role.borrow().is_leader;
+        let has_applied = |index: Option<u64>| index.is_some_and(|index| index <= applied);
+        let is_certain = leads && node.is_only_voter() && has_applied(self.reads.term_index);
+        if leads && node.is_only_member() {
+            self.reads.alone_index.get_or_insert(node.committed());
+        } else {
+            self.reads.alone_index = None;
+        }
+        let is_alone = is_certain && has_applied(self.reads.alone_index);
         if published.is_lone_leader() != is_alone {
             published.set_lone_leader(is_alone);
         }
-        if is_alone {
+        if is_certain {
             published.set_confirmed(published.boot_clock().now());
         }
     }

@@ -37,6 +37,9 @@ struct Round {
 pub(crate) struct Reads {
     /// While this member leads: an index whose entry is of its term and committed.
     pub(super) term_index: Option<u64>,
+    /// While this member leads and nobody else belongs to the cluster: what was committed when
+    /// that began. Up to there others may have told their clients what this one has yet to apply.
+    pub(super) alone_index: Option<u64>,
     /// Not asked for yet.
     pub(super) queue: Vec<oneshot::Sender<u64>>,
     round: Option<Round>,
@@ -53,6 +56,7 @@ impl Reads {
     pub(super) fn new(member: u64, boot: u64, patience_max: Duration) -> Reads {
         Reads {
             term_index: None,
+            alone_index: None,
             queue: Vec::new(),
             round: None,
             patience: READ_INDEX_RETRY,
