@@ -608,6 +608,11 @@ impl UnderWay {
     pub(crate) fn waits_for_space(&self) -> bool {
         self.cut.is_some()
     }
+
+    /// The next task, if there is one.
+    pub(crate) fn next(&mut self, tasks: &Receiver<CheckpointTask>) -> Option<CheckpointTask> {
+        self.passed.pop_front().or_else(|| tasks.try_recv().ok())
+    }
 }
 
 /// A cut on its way to the disk.

@@ -23,6 +23,7 @@ use tokio::task::unconstrained;
 use super::disk::{Disk, log_fault};
 use super::random::Random;
 use super::{Failure, Planted};
+use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::net::snapshot::{Arrived, Image as _};
@@ -122,6 +123,9 @@ pub(super) struct Life {
     checkpoint: CheckpointThread,
     checkpoint_next: Option<CheckpointTask>,
     under_way: UnderWay,
+    to_checkpoint: Sender<CheckpointTask>,
+    /// The last caller of Defragment that has not given up.
+    defragments: Option<oneshot::Receiver<Result<(), Error>>>,
     /// What an installation waits for is done.
     installed: bool,
     pub(super) store_may_fail: bool,
@@ -352,7 +356,7 @@ impl Life {
             outbox: Box::new(Post { sent: Arc::clone(&sent), wanted: Arc::clone(&wanted) }),
             log: log_sender,
             apply: apply_sender,
-            checkpoint: to_checkpoint,
+            checkpoint: to_checkpoint.clone(),
             published: Arc::clone(&published),
             waiters: Arc::clone(&waiters),
             metrics: Arc::clone(&metrics),
@@ -397,6 +401,8 @@ impl Life {
             checkpoint,
             checkpoint_next: None,
             under_way: UnderWay::default(),
+            to_checkpoint,
+            defragments: None,
             installed: false,
             store_may_fail,
             sent,
@@ -483,6 +489,13 @@ impl Life {
         self.log_next.is_some()
     }
 
+    /// Asks for the checkpoint to be written anew; who asked before gives up.
+    pub(super) fn defragment(&mut self) {
+        let (done, receiver) = oneshot::channel();
+        self.defragments = Some(receiver);
+        let _ = self.to_checkpoint.send(CheckpointTask::Rewrite(done));
+    }
+
     pub(super) fn checkpoint_has_work(&mut self) -> bool {
         if let Some(installing) = &self.under_way.installing {
             // It waits for another, and nothing else is done before.
@@ -491,7 +504,7 @@ impl Life {
             return self.installed;
         }
         if self.checkpoint_next.is_none() {
-            self.checkpoint_next = self.checkpoint.tasks.try_recv().ok();
+            self.checkpoint_next = self.under_way.next(&self.checkpoint.tasks);
         }
         // A cut that waits for space is tried again.
         self.checkpoint_next.is_some() || self.under_way.waits_for_space()

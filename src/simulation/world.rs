@@ -1106,6 +1106,12 @@ impl World {
                 self.propose(member, Asked::Untagged, Request::Compaction(request));
             }
             67..=70 => self.watch(member),
+            71 => {
+                if let Some(life) = &mut self.machines[member].life {
+                    life.defragment();
+                    self.turn_later(member, Turn::Checkpoint, 0);
+                }
+            }
             _ => self.ask_for_progress(member),
         }
         Ok(())
