@@ -14,8 +14,15 @@
 //! etcd drops the tail. Here the log knows how far it is committed only as of its last
 //! append, so in the tail are writes that were acknowledged; and of what was not, nobody
 //! was told the outcome. So the tail is kept, and committed.
+//!
+//! A member that was removed must not go on. It knows from the log, if it got so far; most often the
+//! others tell it before, and nobody may be left to do so now. So what they said is kept in a file
+//! ([`note_removal`]).
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
 
 use prost::Message as _;
 
@@ -45,6 +52,44 @@ pub enum ForceError {
     /// The log failed.
     #[error("cannot write to the raft log: {0}")]
     Log(#[from] LogError),
+    /// The member's directory cannot be read.
+    #[error("cannot read {}: {error}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// What the operating system said.
+        error: io::Error,
+    },
+}
+
+/// The file in a member's directory that says that others have told it of its removal.
+const TOLD: &str = "removed";
+
+/// Keeps in a member's directory that others have told it of its removal. Where that cannot be
+/// written, it is warned of.
+pub fn note_removal(member_dir: &Path) {
+    let text = "Other members have told this one that it was removed from its cluster.\n";
+    let noted = File::create(member_dir.join(TOLD)).and_then(|mut file| {
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        File::open(member_dir)?.sync_all()
+    });
+    if let Err(error) = noted {
+        let dir = member_dir.display();
+        tracing::warn!(%error, %dir, "cannot write down that this member was removed");
+    }
+}
+
+/// Refuses to leave a member alone that others have told of its removal.
+///
+/// # Errors
+/// [`ForceError::Removed`]; [`ForceError::Directory`].
+pub fn refuse_if_told(member_dir: &Path, member_id: u64) -> Result<(), ForceError> {
+    match member_dir.join(TOLD).try_exists() {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(ForceError::Removed(member_id)),
+        Err(error) => Err(ForceError::Directory { path: member_dir.to_owned(), error }),
+    }
 }
 
 /// Removes all members but this one, durably. `state` and `recovered` are what was read

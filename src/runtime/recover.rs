@@ -114,6 +114,16 @@ pub enum Place {
     },
 }
 
+impl Place {
+    /// Where checkpoints are, and what else is the member's own.
+    pub fn member_dir(&self) -> Option<PathBuf> {
+        match self {
+            Place::Memory => None,
+            Place::Disk { data_dir, .. } => Some(data_dir.join("member")),
+        }
+    }
+}
+
 /// A member read back from disk, or made anew.
 pub struct Recovery {
     /// The state as of its applied index.
@@ -593,6 +603,7 @@ impl<'a> OnDisk<'a> {
             return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));
         }
         if bootstrap.force_new_cluster {
+            force::refuse_if_told(&self.member_dir, state.member_id())?;
             force::leave_alone(&state, &mut log, &mut recovered)?;
         }
         Ok(Recovery {

@@ -5,6 +5,7 @@
 //! to. A member has no sockets; those are the server's.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -31,6 +32,7 @@ use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
 use crate::runtime::auto_compact::{AutoCompactor, Retention};
 use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer, Removed};
 use crate::runtime::fault::{Fatal, Fault};
+use crate::runtime::force;
 use crate::runtime::forwarder::forwarder;
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
@@ -112,7 +114,7 @@ impl Member {
         let (log_sender, log_tasks) = mpsc::channel();
         let (apply_sender, apply_tasks) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
-        let peers = peers(identity, connector, &raft_sender, &fault, &metrics);
+        let peers = peers(identity, connector, &raft_sender, &fault, &metrics, place.member_dir());
         let roster = Roster {
             state: Arc::clone(&state),
             published: Arc::clone(&published),
@@ -384,13 +386,18 @@ fn peers(
     raft: &mpsc::Sender<RaftInput>,
     fault: &Fault,
     metrics: &Arc<Metrics>,
+    member_dir: Option<PathBuf>,
 ) -> Peers {
     let (raft, fault) = (raft.clone(), fault.clone());
     let events = move |event| {
         let (id, is_broken) = match event {
             PeerEvent::Broken(id) => (id, true),
             PeerEvent::Unreachable(id) => (id, false),
-            PeerEvent::Removed => return fault.raise_removal(),
+            PeerEvent::Removed => {
+                // Short, and this member's last act.
+                member_dir.iter().for_each(|dir| force::note_removal(dir));
+                return fault.raise_removal();
+            }
         };
         // A member that stops has no use for it.
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });

@@ -121,6 +121,21 @@ async fn a_removed_member_ends_and_comes_back_only_as_a_new_one() {
     }
     assert_eq!(cluster[leader].status().await.unwrap().raft_term, term);
 
+    // Nor does it go on alone, when nobody is left who could tell it.
+    let others: Vec<usize> = (0..3).filter(|at| *at != gone).collect();
+    for at in &others {
+        cluster[*at].kill();
+    }
+    cluster[gone].spawn_with(&["--force-new-cluster"]);
+    assert_eq!(cluster[gone].ended().await.code(), Some(1));
+    assert!(cluster[gone].log().contains("was removed from its cluster, so its data may be old"));
+    for at in &others {
+        cluster[*at].spawn();
+    }
+    for at in others {
+        cluster[at].healthy().await;
+    }
+
     // As a new member, in the same place.
     std::fs::remove_dir_all(cluster[gone].data_dir()).unwrap();
     let added = cluster.add(leader, cluster[gone].peer_url(), false).await;
