@@ -1,8 +1,8 @@
 //! `kvorum snapshot save <file>`: a server's snapshot into a file, as `etcdctl snapshot save`.
 //!
 //! What arrives goes to `<file>.part`. When it is complete and has the SHA-256 that it ends with,
-//! it is synced and takes its name: so there is a whole file of that name, or none. A server of
-//! etcd's is as good as kvorum's.
+//! it is synced and takes its name: so there is a whole file of that name, or none. It is locked
+//! meanwhile: another save to the same file is refused. A server of etcd's is as good as kvorum's.
 //!
 //! Flags, their variables (`ETCDCTL_ENDPOINTS` for `--endpoints`), texts and exit codes are
 //! etcdctl's. The system's root certificates are not used: for an `https` endpoint a CA file is
@@ -10,7 +10,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal as _, Write};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -21,8 +21,10 @@ use kvorum::config::parse_duration;
 use kvorum::pb::etcdserverpb::auth_client::AuthClient;
 use kvorum::pb::etcdserverpb::maintenance_client::MaintenanceClient;
 use kvorum::pb::etcdserverpb::{AuthenticateRequest, SnapshotRequest};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
-use super::{Arguments, EXIT_SERVER, Failure, Flag};
+use super::{Arguments, EXIT_SERVER, Failure, Flag, WRITE_OUT};
 
 /// The progress is shown again after this.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -58,7 +60,16 @@ pub(super) const FLAGS: &[Flag] = &[
         default: "0s",
         help: "How long all of it may take; 0s: as long as it takes",
     },
+    // etcdctl has these for all commands.
+    WRITE_OUT,
+    Flag { name: "debug", kind: "", default: "", help: NO_EFFECT },
+    Flag { name: "hex", kind: "", default: "", help: NO_EFFECT },
+    Flag { name: "insecure-transport", kind: "", default: "", help: NO_EFFECT },
+    Flag { name: "keepalive-time", kind: "duration", default: "2s", help: NO_EFFECT },
+    Flag { name: "keepalive-timeout", kind: "duration", default: "6s", help: NO_EFFECT },
 ];
+
+const NO_EFFECT: &str = "Taken because etcdctl takes it; has no effect here";
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq)]
@@ -224,14 +235,37 @@ struct Part {
     last: Vec<u8>,
 }
 
+/// Opens a file, empty, that nobody else writes to; `None` if somebody does.
+fn open_alone(path: &Path) -> io::Result<Option<File>> {
+    let file =
+        OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Err(Errno::WOULDBLOCK) => return Ok(None),
+        locked => locked?,
+    }
+    // The one who had it may have renamed it since it was opened.
+    let is_there = fs::metadata(path).is_ok_and(|found| {
+        file.metadata()
+            .is_ok_and(|opened| (opened.dev(), opened.ino()) == (found.dev(), found.ino()))
+    });
+    if !is_there {
+        return Ok(None);
+    }
+    file.set_len(0)?;
+    Ok(Some(file))
+}
+
 impl Part {
     fn create(target: &Path) -> Result<Part, String> {
         let mut path = target.as_os_str().to_owned();
         path.push(".part");
         let path = PathBuf::from(path);
-        let file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path);
+        let file = open_alone(&path);
         let file = file.map_err(|error| format!("could not open {}: {error}", path.display()))?;
+        let file = file.ok_or_else(|| {
+            let path = path.display();
+            format!("{path} is being written by another save: wait for it, or name another file")
+        })?;
         let (digest, last) = (Digest::new(), Vec::new());
         Ok(Part { path, file: Some(file), written_bytes: 0, digest, last })
     }
@@ -373,6 +407,8 @@ mod tests {
         let mut digest = Digest::new();
         digest.add(b"data");
         let mut part = Part::create(&target).unwrap();
+        let other = Part::create(&target).err().unwrap();
+        assert!(other.contains("another save"), "{other}");
         part.add(b"da").unwrap();
         part.add(b"ta").unwrap();
         part.add(&digest.finish()).unwrap();

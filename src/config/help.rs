@@ -9,6 +9,9 @@ pub(super) fn usage() -> String {
   kvorum [flags]
     Start a server.
 
+  kvorum snapshot save|status|restore
+    Save a server's snapshot, look at one, or restore one, as etcdctl and etcdutl do.
+
   kvorum --version
     Show the version of etcd whose behaviour this is, and of kvorum.
 

@@ -121,12 +121,15 @@ pub fn restore(
     Ok(Restored { member_id, cluster_id, revision, records })
 }
 
+/// The newest revision that may be restored to. What is left is more than can ever be written.
+const REVISION_MAX: i64 = i64::MAX / 2;
+
 /// The revision that etcdutl would go on from: that of the newest row, raised.
 fn bumped(last: Revision, by: u64) -> Result<Option<Revision>, StageError> {
     if by == 0 {
         return Ok(None);
     }
-    let main = last.main.checked_add_unsigned(by).filter(|main| *main < i64::MAX);
+    let main = last.main.checked_add_unsigned(by).filter(|main| *main <= REVISION_MAX);
     Ok(Some(Revision { main: main.ok_or(StageError::Bump(by))?, sub: 0 }))
 }
 
