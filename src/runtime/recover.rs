@@ -567,27 +567,13 @@ impl<'a> OnDisk<'a> {
         // A snapshot's entries have never been in this log.
         let reaches = if installed { 0 } else { applied };
         let (mut log, mut recovered) = Log::open(self.log_options(identity, reaches))?;
-        if recovered.identity != identity {
-            return Err(OpenError::OtherMember {
-                log: self.log_dir.clone(),
-                of_log: recovered.identity,
-                data: self.data_dir.to_owned(),
-                of_checkpoint: identity,
-            });
-        }
+        let checkpoint = generations.counting().unwrap_or_else(|| self.member_dir.clone());
+        self.check_fit(&recovered, &checkpoint, identity, applied)?;
         if let Some(repaired) = &recovered.repaired {
             tracing::warn!("repaired the raft log: {repaired}");
         }
         if installed {
             complete_install(&mut log, &mut recovered, state.applied())?;
-        }
-        if applied < recovered.start.index {
-            return Err(OpenError::CheckpointTooOld {
-                checkpoint: generations.counting().unwrap_or_else(|| self.member_dir.clone()),
-                applied,
-                log: self.log_dir.clone(),
-                start: recovered.start.index,
-            });
         }
         if applied == 0 && !recovered.entries.is_empty() {
             return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));
@@ -595,6 +581,7 @@ impl<'a> OnDisk<'a> {
         if bootstrap.force_new_cluster {
             force::leave_alone(&state, &mut log, &mut recovered)?;
         }
+        generations.remove_leftovers()?;
         Ok(Recovery {
             start: start(&state, recovered),
             state,
@@ -604,6 +591,33 @@ impl<'a> OnDisk<'a> {
             identity,
             is_new: false,
         })
+    }
+
+    /// Whether a checkpoint is of the member whose log this is, and goes as far as the log begins.
+    pub(super) fn check_fit(
+        &self,
+        log: &Recovered,
+        checkpoint: &Path,
+        identity: Identity,
+        applied: u64,
+    ) -> Result<(), OpenError> {
+        if log.identity != identity {
+            return Err(OpenError::OtherMember {
+                log: self.log_dir.clone(),
+                of_log: log.identity,
+                data: self.data_dir.to_owned(),
+                of_checkpoint: identity,
+            });
+        }
+        if applied < log.start.index {
+            return Err(OpenError::CheckpointTooOld {
+                checkpoint: checkpoint.to_owned(),
+                applied,
+                log: self.log_dir.clone(),
+                start: log.start.index,
+            });
+        }
+        Ok(())
     }
 
     pub(super) fn log_options(&self, identity: Identity, reaches: u64) -> Options {

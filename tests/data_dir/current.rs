@@ -172,3 +172,35 @@ async fn an_old_or_damaged_checkpoint_is_not_named() {
         fs::remove_dir_all(&member.counts).unwrap();
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_the_log_does_not_reach_back_to_costs_nothing() {
+    let member = Member::stopped().await;
+    let (of_counts, of_old) = (member.counts.join("db"), member.next());
+    let name_old = || {
+        let name = of_old.file_name().unwrap().to_str().unwrap();
+        fs::write(member.current(), format!("{name}\n")).unwrap();
+    };
+    let intact = fs::read(&of_counts).unwrap();
+    copy_dir(&member.old, &of_old);
+    for (what, lose) in LOSSES {
+        fs::write(&of_counts, "not what it was").unwrap();
+        lose(&member.current());
+        let error = start(&member.data_dir()).await.err().expect("it must not start");
+        assert!(!error.contains("echo") && error.contains("restore"), "{what}: {error}");
+        // Who names it nevertheless still has the other.
+        for is_damaged in [true, false] {
+            if !is_damaged {
+                fs::write(&of_counts, &intact).unwrap();
+            }
+            let there = fs::read(&of_counts).unwrap();
+            name_old();
+            member.assert_refused(&["is an older one than this log's"], what).await;
+            assert!(fs::read(&of_counts).unwrap() == there, "{what}: it was changed");
+        }
+    }
+    let name = member.counts.file_name().unwrap().to_str().unwrap();
+    fs::write(member.current(), format!("{name}\n")).unwrap();
+    member.assert_served("the one that counts").await;
+    assert!(!of_old.exists(), "now it is a leftover");
+}
