@@ -77,9 +77,9 @@ struct Sealed {
 impl Log {
     /// Opens the log in `options.dir`, or begins one there.
     ///
-    /// What is returned is on the disk. A torn last write is cut, which
-    /// [`Recovered::repaired`] tells; anything else that is wrong is an error, and changes
-    /// nothing.
+    /// What is returned is on the disk. A torn last write is cut, which a warning tells, and
+    /// [`Recovered::repaired`]: whoever opens it next finds nothing of it. Anything else that is wrong
+    /// is an error, and changes nothing.
     pub fn open(options: Options) -> Result<(Log, Recovered), LogError> {
         let Options { dir, segment_bytes, fsync, identity, reaches } = options;
         let segment_bytes = segment_bytes
@@ -96,7 +96,12 @@ impl Log {
         let mut retired: Vec<PathBuf> = listing.segments.into_iter().map(|s| s.2).collect();
 
         let (bounds, entries, mut segments, repaired) = match recover::read(&dir, run, reaches)? {
-            Some(found) => (found.bounds, found.entries, found.segments, found.repaired),
+            Some(found) => {
+                if let Some(repaired) = &found.repaired {
+                    tracing::warn!("repaired the raft log: {repaired}");
+                }
+                (found.bounds, found.entries, found.segments, found.repaired)
+            }
             None => {
                 let header = SegmentHeader {
                     identity,

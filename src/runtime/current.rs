@@ -144,7 +144,10 @@ fn joins(
     let applied = Mark { index: head.applied_index, term: head.applied_term };
     let log = match Log::open(disk.log_options(identity, reaches)) {
         Ok((_, log)) => log,
-        Err(LogError::Damaged { .. } | LogError::Missing { .. }) => return Ok(false),
+        Err(error @ (LogError::Damaged { .. } | LogError::Missing { .. })) => {
+            tracing::warn!(%error, checkpoint = %dir.display(), "the raft log does not go on from it");
+            return Ok(false);
+        }
         Err(error) => return Err(error.into()),
     };
     disk.check_fit(&log, dir, identity, applied.index)?;

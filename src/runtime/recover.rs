@@ -52,8 +52,8 @@ use super::join::{self, JoinError};
 use super::records::{self, RecoverError};
 use super::stage;
 use crate::log::{
-    HardState, Identity, Log, LogError, LogStore, Mark, MemoryDisk, MemoryLog, Options, Recovered,
-    SEGMENT_BYTES_DEFAULT,
+    HardState, Identity, Log, LogError, LogStore, Mark, MemoryDisk, MemoryLog, Options,
+    REACHES_UNKNOWN, Recovered, SEGMENT_BYTES_DEFAULT,
 };
 use crate::pb::kvorumpb::{MemberRecord, MembersResponse};
 use crate::raft::{Configuration, Start};
@@ -509,7 +509,8 @@ impl<'a> OnDisk<'a> {
     /// A new member, or one that was begun and no more.
     fn begin(&self, separate_log: bool, bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
         let has_log = Log::exists(&self.log_dir)?;
-        if !has_log && let Some(checkpoint) = DiskGenerations::any(&self.member_dir)? {
+        let checkpoint = DiskGenerations::any(&self.member_dir)?;
+        if !has_log && let Some(checkpoint) = checkpoint {
             return Err(self.checkpoint_missing(checkpoint));
         }
         let mut state = first_state(bootstrap, self.data_dir)?;
@@ -518,7 +519,14 @@ impl<'a> OnDisk<'a> {
             make_directory(&self.log_dir, "wal-dir", self.fsync)?;
         }
         let identity = identity(&state);
-        let (mut log, mut recovered) = Log::open(self.log_options(identity, 0))?;
+        // A checkpoint may know that what looks torn was acknowledged.
+        let reaches = if checkpoint.is_some() { REACHES_UNKNOWN } else { 0 };
+        let (mut log, mut recovered) = match Log::open(self.log_options(identity, reaches)) {
+            Err(LogError::Damaged { .. }) if checkpoint.is_some() => {
+                return Err(self.checkpoint_missing(self.log_dir.clone()));
+            }
+            opened => opened?,
+        };
         if recovered.was_written_to() {
             return Err(self.checkpoint_missing(self.log_dir.clone()));
         }
@@ -569,9 +577,6 @@ impl<'a> OnDisk<'a> {
         let (mut log, mut recovered) = Log::open(self.log_options(identity, reaches))?;
         let checkpoint = generations.counting().unwrap_or_else(|| self.member_dir.clone());
         self.check_fit(&recovered, &checkpoint, identity, applied)?;
-        if let Some(repaired) = &recovered.repaired {
-            tracing::warn!("repaired the raft log: {repaired}");
-        }
         if installed {
             complete_install(&mut log, &mut recovered, state.applied())?;
         }
