@@ -86,16 +86,17 @@ impl Log {
             .clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
             .next_multiple_of(SEGMENT_HEADER_BYTES);
         let dir = Arc::new(Directory::open(&dir, fsync)?);
-        // The directory is synced below, whatever is found in it.
-        guard::put(dir.path());
         let mut listing = dir.list()?;
-        for path in &listing.temporaries {
-            fs::remove_file(path).map_err(|e| LogError::io("remove", path, e))?;
-        }
         let run = listing.segments.split_off(run_start(&listing.segments));
         let mut retired: Vec<PathBuf> = listing.segments.into_iter().map(|s| s.2).collect();
 
-        let (bounds, entries, mut segments, repaired) = match recover::read(&dir, run, reaches)? {
+        let found = recover::read(&dir, run, reaches)?;
+        for path in &listing.temporaries {
+            fs::remove_file(path).map_err(|e| LogError::io("remove", path, e))?;
+        }
+        guard::put(dir.path());
+        dir.sync()?;
+        let (bounds, entries, mut segments, repaired) = match found {
             Some(found) => {
                 if let Some(repaired) = &found.repaired {
                     tracing::warn!("repaired the raft log: {repaired}");
