@@ -51,8 +51,10 @@ use crate::storage::{DiskGenerations, SledStorage, StorageError};
 enum Candidate {
     /// It was begun, and cannot have counted.
     Unfinished,
+    /// It is of a cluster of several.
+    OfCluster,
     /// All of it can be read.
-    Intact { head: CheckpointHead, members: usize },
+    Intact(CheckpointHead),
     /// Not so.
     Damaged(StorageError),
 }
@@ -71,8 +73,8 @@ pub(super) fn repair(disk: &OnDisk<'_>, error: &OpenError) -> Result<bool, OpenE
         let name = format!("ckpt-{number}");
         match examine(&dir)? {
             Candidate::Unfinished => {}
-            Candidate::Intact { members, .. } if members > 1 => return Ok(false),
-            Candidate::Intact { head, .. } => {
+            Candidate::OfCluster => return Ok(false),
+            Candidate::Intact(head) => {
                 found.push(format!("{name} holds entries up to {}", head.applied_index));
                 intact.push((number, dir, head));
             }
@@ -109,6 +111,10 @@ fn examine(dir: &Path) -> Result<Candidate, OpenError> {
     if fs::read_dir(dir).map_err(failed)?.next().is_none() {
         return Ok(Candidate::Unfinished);
     }
+    // The state of such a one would be built, and leftovers deleted, for nothing.
+    if records::legible(dir).members.len() > 1 {
+        return Ok(Candidate::OfCluster);
+    }
     match read(dir) {
         Ok(candidate) => Ok(candidate),
         Err(RecoverError::Storage(error)) if !error.is_damage() => Err(error.into()),
@@ -125,8 +131,7 @@ fn read(dir: &Path) -> Result<Candidate, RecoverError> {
     if !records::has_head(&storage)? {
         return Ok(Candidate::Unfinished);
     }
-    let restored = records::recover(&mut storage)?;
-    Ok(Candidate::Intact { head: restored.head, members: restored.members.len() })
+    Ok(Candidate::Intact(records::recover(&mut storage)?.head))
 }
 
 /// Whether the log, which `reaches` so far, goes on from a checkpoint. One that it does not go on from
