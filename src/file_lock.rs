@@ -22,6 +22,17 @@ pub(crate) struct FileLock {
     file: File,
 }
 
+/// What becomes of the wish to lock a directory.
+#[derive(Debug)]
+pub(crate) enum DirectoryLock {
+    /// It is one's own.
+    Locked(FileLock),
+    /// Whoever has it keeps it.
+    Kept,
+    /// Whoever had it removed it before this one's turn.
+    Gone,
+}
+
 impl FileLock {
     /// Makes the file at `path` if need be, and locks it. Waits up to [`PATIENCE`] for
     /// whoever has it; `None` means that they keep it.
@@ -34,17 +45,17 @@ impl FileLock {
         FileLock::lock(options.open(path)?)
     }
 
-    /// Locks a directory itself, as [`FileLock::acquire`] a file: nothing is left in it. `None` also
-    /// when whoever had it removed it before this one's turn.
+    /// Locks a directory itself, which was opened at `path`, as [`FileLock::acquire`] a file: nothing
+    /// is left in it.
     ///
     /// # Errors
     /// What the file system says.
-    pub(crate) fn of_directory(path: &Path) -> io::Result<Option<FileLock>> {
-        let Some(lock) = FileLock::lock(File::open(path)?)? else { return Ok(None) };
+    pub(crate) fn of_directory(directory: File, path: &Path) -> io::Result<DirectoryLock> {
+        let Some(lock) = FileLock::lock(directory)? else { return Ok(DirectoryLock::Kept) };
         let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         let locked = identity(lock.file.metadata()?);
         let is_there = fs::metadata(path).is_ok_and(|there| identity(there) == locked);
-        Ok(is_there.then_some(lock))
+        Ok(if is_there { DirectoryLock::Locked(lock) } else { DirectoryLock::Gone })
     }
 
     fn lock(file: File) -> io::Result<Option<FileLock>> {

@@ -208,7 +208,7 @@ pub struct Recovered {
     /// All entries after `start`, without a gap.
     pub entries: Vec<Entry>,
     /// What was cut from the end: a write that was under way when the process or the
-    /// machine stopped. For the operator's log.
+    /// machine stopped. The operator's log has it already.
     pub repaired: Option<String>,
 }
 

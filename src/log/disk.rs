@@ -77,26 +77,32 @@ struct Sealed {
 impl Log {
     /// Opens the log in `options.dir`, or begins one there.
     ///
-    /// What is returned is on the disk. A torn last write is cut, which
-    /// [`Recovered::repaired`] tells; anything else that is wrong is an error, and changes
-    /// nothing.
+    /// What is returned is on the disk. A torn last write is cut, which a warning tells, and
+    /// [`Recovered::repaired`]: whoever opens it next finds nothing of it. Anything else that is wrong
+    /// is an error, and changes nothing.
     pub fn open(options: Options) -> Result<(Log, Recovered), LogError> {
         let Options { dir, segment_bytes, fsync, identity, reaches } = options;
         let segment_bytes = segment_bytes
             .clamp(SEGMENT_BYTES_MIN, SEGMENT_BYTES_MAX)
             .next_multiple_of(SEGMENT_HEADER_BYTES);
         let dir = Arc::new(Directory::open(&dir, fsync)?);
-        // The directory is synced below, whatever is found in it.
-        guard::put(dir.path());
         let mut listing = dir.list()?;
-        for path in &listing.temporaries {
-            fs::remove_file(path).map_err(|e| LogError::io("remove", path, e))?;
-        }
         let run = listing.segments.split_off(run_start(&listing.segments));
         let mut retired: Vec<PathBuf> = listing.segments.into_iter().map(|s| s.2).collect();
 
-        let (bounds, entries, mut segments, repaired) = match recover::read(&dir, run, reaches)? {
-            Some(found) => (found.bounds, found.entries, found.segments, found.repaired),
+        let found = recover::read(&dir, run, reaches)?;
+        for path in &listing.temporaries {
+            fs::remove_file(path).map_err(|e| LogError::io("remove", path, e))?;
+        }
+        guard::put(dir.path());
+        dir.sync()?;
+        let (bounds, entries, mut segments, repaired) = match found {
+            Some(found) => {
+                if let Some(repaired) = &found.repaired {
+                    tracing::warn!("repaired the raft log: {repaired}");
+                }
+                (found.bounds, found.entries, found.segments, found.repaired)
+            }
             None => {
                 let header = SegmentHeader {
                     identity,

@@ -25,8 +25,8 @@ const TEXT: &str = "This directory holds the raft log of a member of kvorum, or 
      It is none of etcd's: an etcd that is started here refuses because of this file.\n\
      Without it etcd would delete the directory, and with it what was acknowledged.\n";
 
-/// Puts the guard into a directory, which is made if need be. Why it is not there then, the log
-/// says.
+/// Puts the guard into a directory, which is made if need be. If it cannot be written, that is warned
+/// of.
 pub(super) fn put(dir: &Path) {
     if let Err(error) = try_to_put(dir) {
         let dir = dir.display();

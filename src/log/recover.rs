@@ -89,7 +89,8 @@ pub(super) struct FoundSegment {
 /// Reads `segments`, a run of consecutive sequence numbers, oldest first. An entry of index
 /// `reaches` is known to have been synced.
 ///
-/// Changes nothing on the disk but a torn tail, and returns with all it has read synced.
+/// Changes nothing on the disk but a torn tail, and returns with all it has read synced. The names in
+/// the directory are the caller's to sync.
 pub(super) fn read(
     dir: &Directory,
     segments: Vec<(u64, u64, PathBuf)>,
@@ -175,7 +176,6 @@ pub(super) fn read(
             last_index,
         });
     }
-    dir.sync()?;
     let bounds = replay.bounds;
     let Some(entries) = replay.into_entries() else {
         return Err(LogError::Missing {

@@ -585,6 +585,22 @@ fn a_log_that_ends_before_the_checkpoint_is_damaged_and_left_alone() {
 }
 
 #[test]
+fn nothing_is_written_into_a_directory_that_is_refused() {
+    let dir = scratch();
+    let (_, file) = three_batches(dir.path());
+    let guard = dir.path().join(super::guard::GUARD);
+    fs::remove_file(&guard).unwrap();
+    let begun = dir.path().join("segment-0000000000000002.tmp");
+    fs::write(&begun, "begun").unwrap();
+    flip(&file, 0, 1);
+    assert_damaged(look(dir.path()), &file, 0);
+    assert!(!guard.exists() && begun.exists());
+    flip(&file, 0, 1);
+    look(dir.path()).unwrap();
+    assert!(guard.exists() && !begun.exists());
+}
+
+#[test]
 fn after_an_orderly_stop_any_flipped_byte_is_refused() {
     let dir = scratch();
     let (offsets, file) = three_batches(dir.path());

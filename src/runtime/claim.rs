@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Whoever comes second waits for a moment ([`PATIENCE`](crate::file_lock::PATIENCE)), and then is
-//! refused, or finds what the first one has made. So no start takes a directory for new in which a
+//! refused, or finds what the first one has made; if that gave up, and took the directory with it,
+//! the second makes it anew. So no start takes a directory for new in which a
 //! restore is about to succeed, and no restore succeeds under a server. Once the member is
 //! there its own lock keeps two servers apart, and a restore sees that the directory is not empty.
 //!
@@ -19,7 +20,10 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
-use crate::file_lock::FileLock;
+use crate::file_lock::{DirectoryLock, FileLock};
+
+/// How often a directory is made anew that somebody else removes meanwhile; then it is theirs.
+const TIMES_MADE_MAX: usize = 10;
 
 /// A data directory that is one's own until this is dropped. What was made of it goes then, if
 /// nothing is in it.
@@ -39,8 +43,39 @@ impl Claim {
     /// What the disk says.
     pub fn of(data_dir: &Path, fsync: bool) -> io::Result<Option<Claim>> {
         let made = make(data_dir, fsync)?;
-        let Some(lock) = FileLock::of_directory(data_dir)? else { return Ok(None) };
-        Ok(Some(Claim { data_dir: data_dir.to_owned(), made, _lock: lock }))
+        Claim::of_opened(data_dir, fsync, made, File::open(data_dir))
+    }
+
+    /// Claims one that was opened, or, if it is gone by then, one made in its place.
+    fn of_opened(
+        data_dir: &Path,
+        fsync: bool,
+        mut made: Vec<PathBuf>,
+        mut opened: io::Result<File>,
+    ) -> io::Result<Option<Claim>> {
+        for _ in 0..TIMES_MADE_MAX {
+            match opened {
+                Ok(directory) => match FileLock::of_directory(directory, data_dir)? {
+                    DirectoryLock::Locked(lock) => {
+                        return Ok(Some(Claim {
+                            data_dir: data_dir.to_owned(),
+                            made,
+                            _lock: lock,
+                        }));
+                    }
+                    DirectoryLock::Kept => return Ok(None),
+                    DirectoryLock::Gone => {}
+                },
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            made.extend(make(data_dir, fsync)?);
+            // The topmost first.
+            made.sort_unstable();
+            made.dedup();
+            opened = File::open(data_dir);
+        }
+        Ok(None)
     }
 
     /// The directory.
@@ -114,17 +149,21 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_was_removed_meanwhile_is_not_claimed() {
+    fn a_directory_that_was_removed_meanwhile_is_made_anew() {
         let dir = tempfile::tempdir().expect("a directory");
         let data_dir = dir.path().join("data");
         let first = claim(&data_dir).expect("free");
-        std::thread::scope(|scope| {
-            let second = scope.spawn(|| FileLock::of_directory(&data_dir));
-            // Long enough for the other to wait, most often; if not, it finds none.
-            std::thread::sleep(std::time::Duration::from_millis(100));
-            drop(first);
-            let second = second.join().expect("no panic");
-            assert!(second.map_or(true, |lock| lock.is_none()));
-        });
+        let open = || File::open(&data_dir);
+        let (waiting, another) = (open().expect("there"), open());
+        drop(first);
+        let locked = FileLock::of_directory(waiting, &data_dir).expect("the disk is fine");
+        assert!(matches!(locked, DirectoryLock::Gone), "{locked:?}");
+        let second = Claim::of_opened(&data_dir, false, Vec::new(), another);
+        let second = second.expect("the disk is fine").expect("nobody has it");
+        assert!(data_dir.is_dir() && claim(&data_dir).is_none(), "it is claimed");
+        drop(second);
+        assert!(!data_dir.exists(), "who made it removes it");
+        let late = Claim::of_opened(&data_dir, false, Vec::new(), open());
+        assert!(late.expect("the disk is fine").is_some(), "it was gone before it was opened");
     }
 }

@@ -3,8 +3,8 @@
 //! ```text
 //! ckpt-3  intact, and the log goes on from it   ─┐ exactly one such: CURRENT names it again
 //! ckpt-4  never finished: it has no head         ┘
-//! ckpt-3  intact     ckpt-4  intact, or damaged  ── refused: the operator writes which one
-//! ```
+//! ckpt-3  intact     ckpt-4  intact, or damaged  ── refused: the operator writes which one, and is
+//! ```                                               told of those only that the log goes on from
 //!
 //! Members of clusters have peers, from whom they get what they lack as before ([`super::heal`]).
 //!
@@ -39,11 +39,11 @@
 //! refused if they are of a later version.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::records::{self, RecoverError};
 use super::recover::{OnDisk, OpenError};
-use crate::log::{Entry, Identity, Log, LogError, Mark};
+use crate::log::{Entry, Identity, Log, LogError, Mark, REACHES_UNKNOWN};
 use crate::pb::kvorumpb::CheckpointHead;
 use crate::storage::{DiskGenerations, SledStorage, StorageError};
 
@@ -51,8 +51,10 @@ use crate::storage::{DiskGenerations, SledStorage, StorageError};
 enum Candidate {
     /// It was begun, and cannot have counted.
     Unfinished,
+    /// It is of a cluster of several.
+    OfCluster,
     /// All of it can be read.
-    Intact { head: CheckpointHead, members: usize },
+    Intact(CheckpointHead),
     /// Not so.
     Damaged(StorageError),
 }
@@ -62,7 +64,8 @@ enum Candidate {
 /// `error` stands. Blocks on the disk.
 ///
 /// # Errors
-/// [`OpenError::SeveralCheckpoints`]; or what the disk says.
+/// [`OpenError::SeveralCheckpoints`], of which the log goes on from one at least; or what the disk
+/// says.
 pub(super) fn repair(disk: &OnDisk<'_>, error: &OpenError) -> Result<bool, OpenError> {
     let mut generations = DiskGenerations::of_damaged(&disk.member_dir)?;
     let (mut intact, mut found) = (Vec::new(), Vec::new());
@@ -70,19 +73,25 @@ pub(super) fn repair(disk: &OnDisk<'_>, error: &OpenError) -> Result<bool, OpenE
         let name = format!("ckpt-{number}");
         match examine(&dir)? {
             Candidate::Unfinished => {}
-            Candidate::Intact { members, .. } if members > 1 => return Ok(false),
-            Candidate::Intact { head, .. } => {
+            Candidate::OfCluster => return Ok(false),
+            Candidate::Intact(head) => {
                 found.push(format!("{name} holds entries up to {}", head.applied_index));
                 intact.push((number, dir, head));
             }
             Candidate::Damaged(error) => found.push(format!("{name} cannot be read ({error})")),
         }
     }
-    if found.len() > 1 && !intact.is_empty() {
-        return Err(several(disk, found, &intact));
+    if found.len() > 1 {
+        // None of them is trusted with how far the log once reached: nothing is cut here.
+        intact.retain(|(_, dir, head)| {
+            joins(disk, dir, head, REACHES_UNKNOWN).is_ok_and(|joins| joins)
+        });
+        let furthest = intact.iter().max_by_key(|(.., head)| head.applied_index);
+        let Some((number, ..)) = furthest else { return Ok(false) };
+        return Err(several(disk, &found, *number));
     }
     let Some((number, dir, head)) = intact.pop() else { return Ok(false) };
-    if !joins(disk, &dir, &head)? {
+    if !joins(disk, &dir, &head, head.applied_index)? {
         return Ok(false);
     }
     generations.name(number)?;
@@ -102,6 +111,10 @@ fn examine(dir: &Path) -> Result<Candidate, OpenError> {
     if fs::read_dir(dir).map_err(failed)?.next().is_none() {
         return Ok(Candidate::Unfinished);
     }
+    // The state of such a one would be built, and leftovers deleted, for nothing.
+    if records::legible(dir).members.len() > 1 {
+        return Ok(Candidate::OfCluster);
+    }
     match read(dir) {
         Ok(candidate) => Ok(candidate),
         Err(RecoverError::Storage(error)) if !error.is_damage() => Err(error.into()),
@@ -118,39 +131,31 @@ fn read(dir: &Path) -> Result<Candidate, RecoverError> {
     if !records::has_head(&storage)? {
         return Ok(Candidate::Unfinished);
     }
-    let restored = records::recover(&mut storage)?;
-    Ok(Candidate::Intact { head: restored.head, members: restored.members.len() })
+    Ok(Candidate::Intact(records::recover(&mut storage)?.head))
 }
 
-/// Whether the log goes on from a checkpoint. One that it does not go on from is refused here: when it
-/// was opened its end was judged by what this checkpoint knows of it.
-fn joins(disk: &OnDisk<'_>, dir: &Path, head: &CheckpointHead) -> Result<bool, OpenError> {
+/// Whether the log, which `reaches` so far, goes on from a checkpoint. One that it does not go on from
+/// is refused here: when it was opened its end was judged by what this checkpoint knows of it.
+fn joins(
+    disk: &OnDisk<'_>,
+    dir: &Path,
+    head: &CheckpointHead,
+    reaches: u64,
+) -> Result<bool, OpenError> {
     if head.installed || !Log::exists(&disk.log_dir)? {
         return Ok(false);
     }
     let identity = Identity { cluster_id: head.cluster_id, member_id: head.member_id };
     let applied = Mark { index: head.applied_index, term: head.applied_term };
-    let log = match Log::open(disk.log_options(identity, applied.index)) {
+    let log = match Log::open(disk.log_options(identity, reaches)) {
         Ok((_, log)) => log,
-        Err(LogError::Damaged { .. } | LogError::Missing { .. }) => return Ok(false),
+        Err(error @ (LogError::Damaged { .. } | LogError::Missing { .. })) => {
+            tracing::warn!(%error, checkpoint = %dir.display(), "the raft log does not go on from it");
+            return Ok(false);
+        }
         Err(error) => return Err(error.into()),
     };
-    if log.identity != identity {
-        return Err(OpenError::OtherMember {
-            log: disk.log_dir.clone(),
-            of_log: log.identity,
-            data: disk.data_dir.to_owned(),
-            of_checkpoint: identity,
-        });
-    }
-    if applied.index < log.start.index {
-        return Err(OpenError::CheckpointTooOld {
-            checkpoint: dir.to_owned(),
-            applied: applied.index,
-            log: disk.log_dir.clone(),
-            start: log.start.index,
-        });
-    }
+    disk.check_fit(&log, dir, identity, applied.index)?;
     let is_last = |entry: &Entry| (entry.index, entry.term) == (applied.index, applied.term);
     if log.start == applied || log.entries.iter().any(is_last) {
         return Ok(true);
@@ -159,16 +164,11 @@ fn joins(disk: &OnDisk<'_>, dir: &Path, head: &CheckpointHead) -> Result<bool, O
     Err(OpenError::OtherHistory { checkpoint, applied: applied.index, log })
 }
 
-fn several(
-    disk: &OnDisk<'_>,
-    found: Vec<String>,
-    intact: &[(u64, PathBuf, CheckpointHead)],
-) -> OpenError {
-    let furthest = intact.iter().max_by_key(|(.., head)| head.applied_index);
+fn several(disk: &OnDisk<'_>, found: &[String], furthest: u64) -> OpenError {
     OpenError::SeveralCheckpoints {
         current: DiskGenerations::current(&disk.member_dir),
         found: found.join("; "),
-        furthest: furthest.map_or_else(String::new, |(number, ..)| format!("ckpt-{number}")),
+        furthest: format!("ckpt-{furthest}"),
         data: disk.data_dir.to_owned(),
     }
 }

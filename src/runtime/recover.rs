@@ -52,8 +52,8 @@ use super::join::{self, JoinError};
 use super::records::{self, RecoverError};
 use super::stage;
 use crate::log::{
-    HardState, Identity, Log, LogError, LogStore, Mark, MemoryDisk, MemoryLog, Options, Recovered,
-    SEGMENT_BYTES_DEFAULT,
+    HardState, Identity, Log, LogError, LogStore, Mark, MemoryDisk, MemoryLog, Options,
+    REACHES_UNKNOWN, Recovered, SEGMENT_BYTES_DEFAULT,
 };
 use crate::pb::kvorumpb::{MemberRecord, MembersResponse};
 use crate::raft::{Configuration, Start};
@@ -519,7 +519,8 @@ impl<'a> OnDisk<'a> {
     /// A new member, or one that was begun and no more.
     fn begin(&self, separate_log: bool, bootstrap: &Bootstrap) -> Result<Recovery, OpenError> {
         let has_log = Log::exists(&self.log_dir)?;
-        if !has_log && let Some(checkpoint) = DiskGenerations::any(&self.member_dir)? {
+        let checkpoint = DiskGenerations::any(&self.member_dir)?;
+        if !has_log && let Some(checkpoint) = checkpoint {
             return Err(self.checkpoint_missing(checkpoint));
         }
         let mut state = first_state(bootstrap, self.data_dir)?;
@@ -528,7 +529,14 @@ impl<'a> OnDisk<'a> {
             make_directory(&self.log_dir, "wal-dir", self.fsync)?;
         }
         let identity = identity(&state);
-        let (mut log, mut recovered) = Log::open(self.log_options(identity, 0))?;
+        // A checkpoint may know that what looks torn was acknowledged.
+        let reaches = if checkpoint.is_some() { REACHES_UNKNOWN } else { 0 };
+        let (mut log, mut recovered) = match Log::open(self.log_options(identity, reaches)) {
+            Err(LogError::Damaged { .. }) if checkpoint.is_some() => {
+                return Err(self.checkpoint_missing(self.log_dir.clone()));
+            }
+            opened => opened?,
+        };
         if recovered.was_written_to() {
             return Err(self.checkpoint_missing(self.log_dir.clone()));
         }
@@ -577,27 +585,10 @@ impl<'a> OnDisk<'a> {
         // A snapshot's entries have never been in this log.
         let reaches = if installed { 0 } else { applied };
         let (mut log, mut recovered) = Log::open(self.log_options(identity, reaches))?;
-        if recovered.identity != identity {
-            return Err(OpenError::OtherMember {
-                log: self.log_dir.clone(),
-                of_log: recovered.identity,
-                data: self.data_dir.to_owned(),
-                of_checkpoint: identity,
-            });
-        }
-        if let Some(repaired) = &recovered.repaired {
-            tracing::warn!("repaired the raft log: {repaired}");
-        }
+        let checkpoint = generations.counting().unwrap_or_else(|| self.member_dir.clone());
+        self.check_fit(&recovered, &checkpoint, identity, applied)?;
         if installed {
             complete_install(&mut log, &mut recovered, state.applied())?;
-        }
-        if applied < recovered.start.index {
-            return Err(OpenError::CheckpointTooOld {
-                checkpoint: generations.counting().unwrap_or_else(|| self.member_dir.clone()),
-                applied,
-                log: self.log_dir.clone(),
-                start: recovered.start.index,
-            });
         }
         if applied == 0 && !recovered.entries.is_empty() {
             return Err(OpenError::BeforeClusters(self.data_dir.to_owned()));
@@ -606,6 +597,7 @@ impl<'a> OnDisk<'a> {
             force::refuse_if_told(&self.member_dir, state.member_id())?;
             force::leave_alone(&state, &mut log, &mut recovered)?;
         }
+        generations.remove_leftovers()?;
         Ok(Recovery {
             start: start(&state, recovered),
             state,
@@ -615,6 +607,33 @@ impl<'a> OnDisk<'a> {
             identity,
             is_new: false,
         })
+    }
+
+    /// Whether a checkpoint is of the member whose log this is, and goes as far as the log begins.
+    pub(super) fn check_fit(
+        &self,
+        log: &Recovered,
+        checkpoint: &Path,
+        identity: Identity,
+        applied: u64,
+    ) -> Result<(), OpenError> {
+        if log.identity != identity {
+            return Err(OpenError::OtherMember {
+                log: self.log_dir.clone(),
+                of_log: log.identity,
+                data: self.data_dir.to_owned(),
+                of_checkpoint: identity,
+            });
+        }
+        if applied < log.start.index {
+            return Err(OpenError::CheckpointTooOld {
+                checkpoint: checkpoint.to_owned(),
+                applied,
+                log: self.log_dir.clone(),
+                start: log.start.index,
+            });
+        }
+        Ok(())
     }
 
     pub(super) fn log_options(&self, identity: Identity, reaches: u64) -> Options {

@@ -16,6 +16,8 @@
 //! The database is read twice: the first time nothing is written, and everything that can be
 //! wrong with it is found ([`Source::open`]).
 
+use std::collections::HashSet;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -318,6 +320,9 @@ pub struct Staged {
     dir: PathBuf,
     /// To be removed if no member comes of it, in this order.
     made: Vec<PathBuf>,
+    /// The log's directory, if it was there before and held no log, with what was in it: all else is
+    /// to be removed.
+    found: Option<(PathBuf, HashSet<OsString>)>,
 }
 
 impl Staged {
@@ -336,7 +341,7 @@ impl Staged {
             fs::remove_dir_all(&dir).map_err(failed("remove what an earlier attempt left in"))?;
         }
         fs::DirBuilder::new().mode(0o700).create(&dir).map_err(failed("make"))?;
-        Ok(Staged { data_dir: data_dir.to_owned(), made: vec![dir.clone()], dir })
+        Ok(Staged { data_dir: data_dir.to_owned(), made: vec![dir.clone()], found: None, dir })
     }
 
     /// Fills it: a checkpoint, a log, and what says that it is complete. `log_dir` is where
@@ -416,6 +421,9 @@ impl Staged {
         let dir = log_dir.map_or_else(|| self.dir.join("wal"), Path::to_owned);
         if !dir.exists() {
             self.made.push(dir.clone());
+        } else if !Log::exists(&dir)? {
+            let failed = |error| StageError::Directory { action: "list", path: dir.clone(), error };
+            self.found = Some((dir.clone(), names(&dir).map_err(failed)?));
         }
         let options = Options {
             dir: dir.clone(),
@@ -440,6 +448,7 @@ impl Staged {
     /// From here on it is kept, whatever happens: a start gives it its name.
     pub fn keep(&mut self) {
         self.made.clear();
+        self.found = None;
     }
 
     /// Makes a member of it. Durable on return.
@@ -468,7 +477,17 @@ impl Drop for Staged {
             // What cannot be removed is refused by a start, and removed by the next attempt.
             let _ = fs::remove_dir_all(&path);
         }
+        let Some((dir, before)) = self.found.take() else { return };
+        for name in names(&dir).unwrap_or_default().difference(&before) {
+            // A log puts no directories there.
+            let _ = fs::remove_file(dir.join(name));
+        }
     }
+}
+
+/// What is in a directory.
+fn names(dir: &Path) -> io::Result<HashSet<OsString>> {
+    fs::read_dir(dir)?.map(|entry| Ok(entry?.file_name())).collect()
 }
 
 /// What ends a reading.

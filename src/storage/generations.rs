@@ -28,8 +28,9 @@
 //! Without `CURRENT` no checkpoint ever counted: the member is new, and what lies there
 //! was begun by a start that did not get far. That this is so, and `CURRENT` not lost, is
 //! for the caller to know before it calls [`DiskGenerations::begin_first`], as it is which one is
-//! to be named again ([`DiskGenerations::name`]). Nothing is removed before the checkpoint that counts
-//! was opened.
+//! to be named again ([`DiskGenerations::name`]). Nothing is removed before the caller has opened the
+//! checkpoint that counts and found that the log goes on from it
+//! ([`DiskGenerations::remove_leftovers`]): an operator may have named the wrong one.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
@@ -129,7 +130,7 @@ impl DiskGenerations {
     /// See [`StorageError`].
     pub fn begin_first(member_dir: &Path) -> Result<(DiskGenerations, SledStorage), StorageError> {
         let generations = DiskGenerations::locked(member_dir)?;
-        generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
+        generations.remove_leftovers()?;
         let storage = SledStorage::open(&generations.dir(1))?;
         Ok((generations, storage))
     }
@@ -142,7 +143,7 @@ impl DiskGenerations {
         })
     }
 
-    /// Opens the checkpoint that counts. Leftovers of others are removed.
+    /// Opens the checkpoint that counts. Removes nothing.
     ///
     /// # Errors
     /// See [`StorageError`].
@@ -165,8 +166,15 @@ impl DiskGenerations {
             return Err(StorageError::Damaged { dir, detail });
         }
         let storage = SledStorage::open(&dir)?;
-        generations.remove_others().map_err(|error| generations.io("remove a leftover", error))?;
         Ok((generations, storage))
+    }
+
+    /// Removes all checkpoints but the one that counts, which must be known to be the right one.
+    ///
+    /// # Errors
+    /// What the disk says.
+    pub fn remove_leftovers(&self) -> Result<(), StorageError> {
+        self.remove_others().map_err(|error| self.io("remove a leftover", error))
     }
 
     /// A member whose checkpoint cannot be used, locked. Changes nothing.
@@ -383,7 +391,7 @@ fn lock(member_dir: &Path) -> Result<FileLock, StorageError> {
 
 impl Generations for DiskGenerations {
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
-        self.remove_others().map_err(|error| self.io("remove a leftover", error))?;
+        self.remove_leftovers()?;
         Ok(Box::new(SledStorage::open(&self.dir(self.number + 1))?))
     }
 
@@ -461,6 +469,9 @@ mod tests {
         {
             let (mut generations, storage) = DiskGenerations::open(dir.path()).expect("open");
             assert_eq!(value(&storage), b"first");
+            assert_eq!(checkpoints(dir.path()), 2, "whether it fits the log is not known yet");
+            generations.remove_leftovers().expect("removed");
+            assert_eq!(checkpoints(dir.path()), 1);
             let mut next = generations.begin().expect("begin");
             put(next.as_mut(), "second");
             generations.switch().expect("switch");

@@ -81,19 +81,6 @@ async fn a_physical_compaction_ends_with_the_server() {
     assert_eq!(soon("the compaction", compaction).await.unwrap(), Err(Error::Stopped));
 }
 
-#[tokio::test]
-async fn a_defragmentation_that_nobody_waits_for_is_not_in_the_way_of_others() {
-    let rig = start().await;
-    let engine = rig.server.engine();
-    rig.put("k", "v").await;
-    // It may be over by then: there is not much.
-    let _ = polled_once(Box::pin(engine.defragment()).as_mut()).await;
-    soon("the other", engine.defragment()).await.unwrap();
-    let metrics = engine.metrics();
-    assert!(metrics.disk_backend_defrag_duration_seconds.get_sample_count() >= 1);
-    assert_eq!(metrics.disk_defrag_inflight.get(), 0);
-}
-
 #[test]
 fn a_hash_is_of_the_moment_it_is_asked_for() {
     // The one thread that hashes is busy when the hash is asked for.

@@ -427,17 +427,31 @@ async fn a_restore_says_what_to_do_and_leaves_nothing() {
     let disk = Disk::tmpfs(ENOUGH_BYTES);
     let data_dir = disk.path().join("data");
     let restore = ["restore", saved, "--data-dir", data_dir.to_str().unwrap()];
-    for free_bytes in TOO_FEW_BYTES {
+    let wal_dir = disk.path().join("wal");
+    let with_wal_dir = [&restore[..], &["--wal-dir", wal_dir.to_str().unwrap()]].concat();
+    let attempts = TOO_FEW_BYTES.into_iter().flat_map(|bytes| [(bytes, false), (bytes, true)]);
+    for (free_bytes, has_wal_dir) in attempts {
+        if has_wal_dir {
+            // As an attempt leaves them that was killed before it began the log.
+            fs::create_dir_all(data_dir.join("member.new")).unwrap();
+            fs::create_dir(&wal_dir).unwrap();
+        }
         let filler = disk.path().join("filler");
         fs::write(&filler, vec![1; (ENOUGH_BYTES - free_bytes) as usize]).unwrap();
-        let (is_restored, said) = run(&restore);
+        let (is_restored, said) = run(if has_wal_dir { &with_wal_dir } else { &restore });
         println!("{free_bytes} bytes free: {said}");
         assert!(!is_restored, "{free_bytes} bytes are enough");
-        for words in [data_dir.to_str().unwrap(), "No space left", "Free space", "run this again"] {
+        let of_disk = disk.path();
+        for words in [of_disk.to_str().unwrap(), "No space left", "Free space", "run this again"] {
             assert!(said.contains(words), "{free_bytes}: {words:?} is not in {said}");
         }
         assert!(!said.contains("start the member") && !said.contains("panicked"), "{said}");
         fs::remove_file(&filler).unwrap();
+        if has_wal_dir {
+            // They were there before; this fails if anything is in them.
+            fs::remove_dir(&data_dir).unwrap();
+            fs::remove_dir(&wal_dir).unwrap();
+        }
         assert_eq!(fs::read_dir(disk.path()).unwrap().count(), 0, "something is left");
     }
     let (is_restored, said) = run(&restore);

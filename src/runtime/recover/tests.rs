@@ -1,7 +1,11 @@
 use std::fs;
 
+use prost::Message as _;
+
 use super::*;
 use crate::log::{BOOTSTRAP, Entry};
+use crate::pb::kvorumpb::CheckpointHead;
+use crate::storage::{Batch, Table};
 
 const VERSION: &str = "3.7.0";
 const URLS: [&str; 3] =
@@ -293,6 +297,27 @@ fn a_log_that_was_voted_in_is_not_begun_anew() {
         let error = refusal(dir.path(), &bootstrap);
         assert!(matches!(error, OpenError::CheckpointMissing { .. }), "{error}");
     }
+}
+
+#[test]
+fn an_old_checkpoint_that_was_installed_is_called_an_old_one() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let identity = begin(dir.path(), &founder()).identity;
+    let (_, mut storage) = DiskGenerations::open(&dir.path().join("member")).expect("opens");
+    let head = storage.get(Table::Head, records::HEAD).expect("intact").expect("there");
+    let head = CheckpointHead::decode(head).expect("a head");
+    let mut batch = Batch::new();
+    let installed = CheckpointHead { installed: true, ..head }.encode_to_vec();
+    batch.put(Table::Head, records::HEAD, installed);
+    storage.write(batch).expect("written");
+    storage.sync().expect("synced");
+    drop(storage);
+    let start = Mark { index: 9, term: 1 };
+    let mut log = empty_log(dir.path(), identity);
+    log.install(start, HardState::of_start(start)).expect("written");
+    drop(log);
+    let error = refusal(dir.path(), &founder());
+    assert!(matches!(error, OpenError::CheckpointTooOld { applied: 1, start: 9, .. }), "{error}");
 }
 
 #[test]
