@@ -5,7 +5,7 @@
 //! a restore    claim ─▶ look: is it empty? ─▶ read the file, fill member.new ─▶ member ─▶ give up
 //! ```
 //!
-//! Whoever comes second waits for a moment ([`PATIENCE`](crate::file_lock::PATIENCE)), and then is
+//! Whoever comes second waits for a moment (`PATIENCE` of `file_lock`), and then is
 //! refused, or finds what the first one has made; if that gave up, and took the directory with it,
 //! the second makes it anew. So no start takes a directory for new in which a
 //! restore is about to succeed, and no restore succeeds under a server. Once the member is
