@@ -198,6 +198,8 @@ pub struct Node {
     /// Numbers of the writes that are handed out and not yet on disk are at most
     /// this; 0 when there is none.
     unpersisted: u64,
+    /// The newest of them that has another term or vote than the one on disk; 0: none.
+    promised: u64,
     catch_up_entries: u64,
     /// The hard state changed since the last write.
     hard_state_is_new: bool,
@@ -319,6 +321,7 @@ impl Node {
             raw,
             role: Role::default(),
             unpersisted: 0,
+            promised: 0,
             catch_up_entries: start.catch_up_entries,
             hard_state_is_new: false,
             held: VecDeque::new(),
@@ -540,6 +543,9 @@ impl Node {
         if self.unpersisted <= number {
             self.unpersisted = 0;
         }
+        if self.promised <= number {
+            self.promised = 0;
+        }
         if self.installing.is_some_and(|installing| installing <= number) {
             self.installing = None;
         }
@@ -701,12 +707,17 @@ impl Node {
             // Nothing of this effect needs the disk, so raft may forget its record.
             self.raw.on_persist_ready(number);
         }
+        if promises {
+            self.promised = number;
+        }
         // A leader's messages need not wait for its own disk, unless they are of a term
-        // that it might have forgotten after a crash: a lone voter leads at once.
+        // that it might have forgotten after a crash: a lone voter leads at once. That goes for
+        // what it says later, too, as long as its term is not on disk: it would lead in the same
+        // term once more, and a learner would have two entries of one index and term.
         let encode = |message: &raft::eraftpb::Message| message::encode(message);
         let now = now.iter().filter_map(encode);
         let later = later.iter().filter_map(encode);
-        if promises && !self.forgets_to_hold() {
+        if self.promised != 0 && !self.forgets_to_hold() {
             self.hold(now.chain(later).collect());
         } else {
             messages.extend(now);

@@ -425,6 +425,43 @@ fn a_vote_leaves_only_when_it_is_on_disk() {
     assert!(three.nodes.values().any(|node| node.role.is_leader));
 }
 
+/// It leads at once, and a learner would listen: after a crash it may lead in that term again.
+#[test]
+fn a_lone_voter_says_nothing_in_a_term_that_is_not_on_disk() {
+    let mut node = Node::new(Start {
+        id: 1,
+        election_ticks: 10,
+        catch_up_entries: 5,
+        pre_vote: true,
+        seed: 7,
+        hard_state: HardState { term: 1, vote: 0, commit: 1 },
+        start: BEGIN,
+        entries: vec![],
+        applied: 1,
+        configuration: Configuration { voters: vec![1], learners: vec![2] },
+    })
+    .unwrap();
+    node.campaign().unwrap();
+    let (mut writes, mut said) = (Vec::new(), Vec::new());
+    for turn in 0..3 {
+        if turn > 0 {
+            node.tick();
+            node.propose(Bytes::from_static(b"entry")).unwrap();
+        }
+        while let Some(effects) = node.effects().unwrap() {
+            writes.extend(effects.append.map(|append| append.number));
+            said.extend(effects.messages);
+        }
+    }
+    assert!(node.role.is_leader && writes.len() > 1, "{writes:?}");
+    assert_eq!(said, []);
+    for number in writes {
+        node.persisted(number);
+    }
+    let effects = node.effects().unwrap().unwrap();
+    assert!(!effects.messages.is_empty(), "the learner hears of it now");
+}
+
 #[test]
 fn the_leaders_own_disk_does_not_hold_up_a_majority() {
     let mut three = Three::new();
