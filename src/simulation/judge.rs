@@ -101,8 +101,9 @@ impl Ended {
         match self {
             Ended::Outcome(outcome) => outcome.is_ok(),
             Ended::Read { .. } => matches!(op.asked, Asked::Read { linearizable: true, .. }),
-            Ended::KeptAlive(lives) => *lives,
-            Ended::GaveUp | Ended::Failed => false,
+            // A leader needs to have been confirmed lately, not now; what that is worth is judged
+            // with the leases.
+            Ended::KeptAlive(_) | Ended::GaveUp | Ended::Failed => false,
         }
     }
 }

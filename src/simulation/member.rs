@@ -522,14 +522,15 @@ impl Life {
     /// Makes the images that raft wants, and tells it.
     pub(super) fn make_images(&mut self) {
         for (to, first_index) in mem::take(&mut *self.wanted.lock()) {
-            if self.sources.get(&to).is_some_and(|source| source.index() >= first_index) {
-                continue;
-            }
-            self.images += 1;
-            let source = Source::new(self.boot ^ self.images, &self.state, &self.pins);
+            let kept = self.sources.remove(&to).filter(|source| source.index() >= first_index);
+            let source = kept.unwrap_or_else(|| {
+                self.images += 1;
+                Source::new(self.boot ^ self.images, &self.state, &self.pins)
+            });
             let mark = Mark { index: source.index(), term: source.term() };
             let configuration = source.configuration();
             self.sources.insert(to, source);
+            // Raft may have forgotten that there is one.
             let _ = self.to_raft.send(RaftInput::SnapshotMade { to, mark, configuration });
         }
     }
