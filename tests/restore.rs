@@ -457,8 +457,11 @@ async fn a_killed_etcd_whose_database_lacks_changes_is_refused() {
     let refused = stage.refused("data", &["--import-etcd-data"]);
     assert!(refused.contains("was not stopped cleanly"), "{refused}");
     assert!(!stage.path("data/member.new").exists() && !stage.path("data/member.etcd").exists());
-    // What the message says.
-    stage.etcd("data", &lazy).started.terminate();
+    // What the message says. It has applied its log when it answers what it must be elected for.
+    let mut etcd = stage.etcd("data", &lazy);
+    let range = RangeRequest { key: "a".into(), ..RangeRequest::default() };
+    KvClient::new(etcd.channel()).range(range).await.unwrap();
+    etcd.started.terminate();
     assert_eq!(stage.kvorum("data", &["--import-etcd-data"]).hash_kv(0).await, hash);
 }
 
