@@ -205,23 +205,27 @@ struct Three {
 
 const BEGIN: Mark = Mark { index: 1, term: 1 };
 
+/// A member of a cluster that has just begun.
+fn begun(id: u64, configuration: Configuration) -> Node {
+    let start = Start {
+        id,
+        election_ticks: 10,
+        catch_up_entries: 5,
+        pre_vote: true,
+        seed: 7,
+        hard_state: HardState { term: 1, vote: 0, commit: 1 },
+        start: BEGIN,
+        entries: vec![],
+        applied: 1,
+        configuration,
+    };
+    Node::new(start).unwrap()
+}
+
 impl Three {
     fn new() -> Three {
-        let nodes = (1..=3).map(|id| {
-            let node = Node::new(Start {
-                id,
-                election_ticks: 10,
-                catch_up_entries: 5,
-                pre_vote: true,
-                seed: 7,
-                hard_state: HardState { term: 1, vote: 0, commit: 1 },
-                start: BEGIN,
-                entries: vec![],
-                applied: 1,
-                configuration: Configuration { voters: vec![1, 2, 3], learners: vec![] },
-            });
-            (id, node.unwrap())
-        });
+        let configuration = Configuration { voters: vec![1, 2, 3], learners: vec![] };
+        let nodes = (1..=3).map(|id| (id, begun(id, configuration.clone())));
         Three {
             nodes: nodes.collect(),
             wire: VecDeque::new(),
@@ -428,19 +432,7 @@ fn a_vote_leaves_only_when_it_is_on_disk() {
 /// It leads at once, and a learner would listen: after a crash it may lead in that term again.
 #[test]
 fn a_lone_voter_says_nothing_in_a_term_that_is_not_on_disk() {
-    let mut node = Node::new(Start {
-        id: 1,
-        election_ticks: 10,
-        catch_up_entries: 5,
-        pre_vote: true,
-        seed: 7,
-        hard_state: HardState { term: 1, vote: 0, commit: 1 },
-        start: BEGIN,
-        entries: vec![],
-        applied: 1,
-        configuration: Configuration { voters: vec![1], learners: vec![2] },
-    })
-    .unwrap();
+    let mut node = begun(1, Configuration { voters: vec![1], learners: vec![2] });
     node.campaign().unwrap();
     let (mut writes, mut said) = (Vec::new(), Vec::new());
     for turn in 0..3 {
