@@ -1,9 +1,9 @@
-//! etcd itself, broken for some seconds: what it promises is kept, so what the harness
-//! finds wrong with it is wrong with the harness. Then its history is spoiled in one place
-//! after another, and each must be found.
+//! etcd itself, broken for some seconds: what it promises is kept, [`NOT_KEPT`] apart, so what
+//! the harness finds wrong with it is wrong with the harness. Then its history is spoiled in one
+//! place after another, and each must be found.
 //!
-//! The program is that of `KVORUM_CHAOS_SERVER`, else the etcd that kvorum is compared with
-//! (`tests/judge/build.sh`); without it the test says so and passes.
+//! The program is that of `KVORUM_CHAOS_SERVER`, which has to keep all of it, else the etcd that
+//! kvorum is compared with (`tests/judge/build.sh`); without it the test says so and passes.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,18 +14,25 @@ use kvorum_chaos::history::{Answer, Content, History, Outcome, Request};
 
 /// How long things are broken.
 const SECONDS: &str = "20";
+/// What etcd 3.7 does not keep: a leader that was stopped or cut off renews leases as long as it
+/// believes that it leads, since one whose clock ticks does not ask the others any more
+/// (etcd-io/etcd#18428). The next leader, which counts from its election, ends them early.
+const NOT_KEPT: Guarantee = Guarantee::LeaseNeverEarly;
+/// The exit code that says that a promise was broken.
+const BROKEN: i32 = 1;
 
-fn server() -> Option<PathBuf> {
+/// The program, and whether it is forgiven what etcd does not keep.
+fn server() -> Option<(PathBuf, bool)> {
     if let Some(server) = env::var_os("KVORUM_CHAOS_SERVER") {
-        return Some(server.into());
+        return Some((server.into(), false));
     }
     let etcd = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/judge/etcd");
-    etcd.is_file().then_some(etcd)
+    etcd.is_file().then_some((etcd, true))
 }
 
 #[test]
 fn etcd_keeps_its_promises() {
-    let Some(server) = server() else {
+    let Some((server, is_forgiven)) = server() else {
         eprintln!("skipped: there is no etcd in target/judge");
         return;
     };
@@ -36,25 +43,34 @@ fn etcd_keeps_its_promises() {
     let output = campaign.output().unwrap();
     let (stdout, stderr) = (&output.stdout, &output.stderr);
     let (stdout, stderr) = (String::from_utf8_lossy(stdout), String::from_utf8_lossy(stderr));
-    assert!(output.status.success(), "{campaign:?}: {}\n{stdout}\n{stderr}", output.status);
-
-    // That nothing was found means something only if something was done.
+    let failed = || format!("{campaign:?}: {}\n{stdout}\n{stderr}", output.status);
+    assert!(output.status.success() || output.status.code() == Some(BROKEN), "{}", failed());
     let report = fs::read(dir.join("report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_slice(&report).unwrap();
+    let history = History::read(&dir.join("history.jsonl")).unwrap();
+    let broken = check(&history).broken;
+    let is_all_forgiven = broken.keys().all(|name| is_forgiven && *name == NOT_KEPT);
+    assert!(is_all_forgiven, "{broken:?}: {}", failed());
+    assert_eq!(output.status.success(), broken.is_empty(), "{}", failed());
+    let told = serde_json::to_value(&broken).unwrap();
+    assert_eq!(report["broken"], told, "also when read from its file: {}", failed());
+    if !broken.is_empty() {
+        eprintln!("forgiven: {told}");
+    }
+
+    // That nothing was found means something only if something was done.
     assert!(report["revision"].as_i64() > Some(100), "{stdout}");
     assert!(report["events"].as_u64() > Some(300), "{stdout}");
     assert!(!report["faults"].as_object().unwrap().is_empty(), "{stdout}");
     for guarantee in ["real-time", "answer-fits", "watch-reliable", "members-equal", "general"] {
         assert!(report["checks"][guarantee].as_u64() > Some(0), "{guarantee}: {stdout}");
     }
-    let history = History::read(&dir.join("history.jsonl")).unwrap();
-    assert!(check(&history).passed(), "read from its file it is another");
     for (name, guarantees, plant) in PLANTS {
         let mut spoiled = history.clone();
         assert!(plant(&mut spoiled), "{name}: there is nothing to spoil");
-        let broken = check(&spoiled).broken;
-        let is_found = guarantees.iter().any(|guarantee| broken.contains_key(guarantee));
-        assert!(is_found, "{name}: not found, but {broken:?}");
+        let found = check(&spoiled).broken;
+        let is_found = |guarantee| found.get(guarantee) > broken.get(guarantee);
+        assert!(guarantees.iter().any(is_found), "{name}: not found, but {found:?}");
     }
     fs::remove_dir_all(&dir).unwrap();
 }
