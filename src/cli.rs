@@ -3,8 +3,9 @@
 //!
 //! A command is a [`Command`]: what it is called with, its flags, and the function that carries
 //! it out. The syntax is that of etcd's tools: `--flag=v`, `--flag v`, `-w v`, `--flag` alone for
-//! one that is yes or no, anywhere between the arguments; `--` ends the flags. The flags of a
-//! command of etcdctl's are variables, too: `ETCDCTL_ENDPOINTS` is `--endpoints`.
+//! one that is yes or no, anywhere between the arguments and before the command; `--` ends the
+//! flags. The flags of a command of etcdctl's are variables, too: `ETCDCTL_ENDPOINTS` is
+//! `--endpoints`.
 //!
 //! | exit code | |
 //! |---|---|
@@ -146,9 +147,8 @@ impl Arguments {
 
 /// Carries a command out, if that is what the program was called for.
 pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Option<ExitCode> {
-    let mut arguments = arguments.peekable();
-    arguments.next_if(|first| first == "snapshot")?;
-    Some(match dispatch(arguments) {
+    let arguments: Vec<OsString> = arguments.collect();
+    Some(match dispatch(command_first(&arguments)?) {
         Ok(text) => {
             // Standard output may be a closed pipe: nothing is lost that anybody waits for.
             let _ = io::stdout().write_all(text.as_bytes());
@@ -159,6 +159,50 @@ pub(crate) fn run(arguments: impl Iterator<Item = OsString>) -> Option<ExitCode>
             ExitCode::from(exit_code)
         }
     })
+}
+
+/// The arguments behind `snapshot`, the name of the command first, if that is what is called. Flags
+/// of the commands may stand before either, as `etcdctl` takes them; all others are the server's,
+/// and so is what follows them.
+fn command_first(arguments: &[OsString]) -> Option<impl Iterator<Item = OsString>> {
+    let (flags, rest) = arguments.split_at_checked(flags_len(arguments))?;
+    let (_, rest) = rest.split_first().filter(|(first, _)| *first == "snapshot")?;
+    let (more_flags, rest) = rest.split_at_checked(flags_len(rest))?;
+    let (name, rest) = rest.split_at_checked(1).unwrap_or_default();
+    Some([name, flags, more_flags, rest].concat().into_iter())
+}
+
+/// How many arguments are flags of commands, and their values, before the first that is not. May
+/// be more than there are, if a value is missing.
+fn flags_len(arguments: &[OsString]) -> usize {
+    let mut at = 0;
+    while let Some(argument) = arguments.get(at).and_then(|argument| argument.to_str())
+        && argument.starts_with('-')
+    {
+        let (name, value) = name_and_value(argument);
+        let mut flags = COMMANDS.iter().flat_map(|command| command.flags);
+        let Some(flag) = flags.find(|flag| flag.name == name) else { break };
+        at += if value.is_some() || flag.kind.is_empty() { 1 } else { 2 };
+    }
+    at
+}
+
+/// What a flag is called, and its value if that is in the same argument.
+fn name_and_value(argument: &str) -> (&str, Option<&str>) {
+    let (written, value) = match argument.split_once('=') {
+        Some((written, value)) => (written, Some(value)),
+        None => (argument, None),
+    };
+    match written.strip_prefix("--") {
+        Some(name) => (name, value),
+        None if written == "-h" => ("help", value),
+        // `-w json`, `-wjson` and `-w=json` are the same.
+        None => match written.strip_prefix("-w") {
+            Some("") => (WRITE_OUT.name, value),
+            attached @ Some(_) => (WRITE_OUT.name, attached),
+            None => (written, value),
+        },
+    }
 }
 
 fn dispatch(mut arguments: impl Iterator<Item = OsString>) -> Result<String, Failure> {
@@ -210,37 +254,24 @@ fn parse(
             flags_ended = true;
             continue;
         }
-        let (written, value) = match argument.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (argument.as_str(), None),
-        };
-        let (name, value) = match written.strip_prefix("--") {
-            Some(name) => (name, value),
-            None if matches!(written, "-h") => ("help", value),
-            // `-w json`, `-wjson` and `-w=json` are the same.
-            None => match written.strip_prefix("-w") {
-                Some("") => ("write-out", value),
-                Some(value) => ("write-out", Some(value.to_owned())),
-                None => (written, value),
-            },
-        };
+        let (name, value) = name_and_value(&argument);
         if name == "help" {
             return Ok(None);
         }
-        let flag =
-            command.flags.iter().find(|flag| flag.name == name).ok_or_else(|| {
-                match written.strip_prefix("--") {
-                    Some(name) => wrong(format!("unknown flag: --{name}")),
-                    None => wrong(format!("unknown shorthand flag: {written}")),
-                }
-            })?;
+        let flag = command.flags.iter().find(|flag| flag.name == name).ok_or_else(|| {
+            let written = argument.split('=').next().unwrap_or_default();
+            match written.strip_prefix("--") {
+                Some(name) => wrong(format!("unknown flag: --{name}")),
+                None => wrong(format!("unknown shorthand flag: {written}")),
+            }
+        })?;
         let value = match value {
-            Some(value) if flag.kind.is_empty() && !["true", "false"].contains(&&*value) => {
+            Some(value) if flag.kind.is_empty() && !["true", "false"].contains(&value) => {
                 return Err(wrong(format!(
                     "invalid argument {value:?} for \"--{name}\" flag: give true or false"
                 )));
             }
-            Some(value) => value,
+            Some(value) => value.to_owned(),
             None if flag.kind.is_empty() => "true".to_owned(),
             None => match arguments.next() {
                 Some(value) => value?,
@@ -314,6 +345,34 @@ mod tests {
         }
         let failure = dispatch(["destroy".into()].into_iter()).unwrap_err();
         assert!(failure.message.starts_with("unknown command"), "{}", failure.message);
-        assert!(run(["--name".into(), "snapshot".into()].into_iter()).is_none());
+    }
+
+    #[test]
+    fn a_command_may_stand_behind_its_flags() {
+        let split = |text: &str| text.split_whitespace().map(OsString::from).collect::<Vec<_>>();
+        for (arguments, expected) in [
+            ("snapshot save f --cert c", Some("save f --cert c")),
+            ("--endpoints=a snapshot save f", Some("save --endpoints=a f")),
+            ("snapshot --endpoints a save f", Some("save --endpoints a f")),
+            (
+                "--endpoints a --insecure-skip-tls-verify -w json snapshot -wtable save f",
+                Some("save --endpoints a --insecure-skip-tls-verify -w json -wtable f"),
+            ),
+            ("--endpoints=a snapshot", Some("--endpoints=a")),
+            ("snapshot", Some("")),
+            ("snapshot --help", Some("--help")),
+            ("-w=json snapshot -h", Some("-h -w=json")),
+            // What is a flag's, or behind one that no command has, is the server's.
+            ("--name snapshot", None),
+            ("--name", None),
+            ("--log-level snapshot", None),
+            ("--listen-client-urls=a snapshot", None),
+            ("", None),
+        ] {
+            let first = command_first(&split(arguments)).map(Iterator::collect::<Vec<_>>);
+            assert_eq!(first, expected.map(split), "{arguments}");
+        }
+        let failure = run(["--name=a", "snapshot", "destroy"].map(OsString::from).into_iter());
+        assert!(failure.is_some(), "it is no server");
     }
 }
