@@ -122,6 +122,7 @@ pub mod backup;
 #[doc(hidden)]
 pub mod bolt;
 mod file_lock;
+mod large_file;
 #[doc(hidden)]
 pub mod lease;
 #[doc(hidden)]

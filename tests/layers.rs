@@ -21,7 +21,7 @@ const LEVELS: &[&[&str]] = &[
     &["net", "raft", "state"],
     &["mvcc", "lease"],
     &["bolt", "config", "metrics", "log", "storage"],
-    &["error", "file_lock", "pb", "version"],
+    &["error", "file_lock", "large_file", "pb", "version"],
 ];
 
 /// A room, rooms it never names though they lie below it, and why.

@@ -248,11 +248,15 @@ fn disk_usage_bytes(directory: &Path) -> u64 {
     sizes.sum()
 }
 
-/// Many segments' worth of writes, and the log's directory stays at a few segments.
+/// Many segments' worth of writes, and the log's directory stays at a few segments: what is kept
+/// lies in two at most, two are ready to be written over, one is on its way out.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_logs_files_are_used_again() {
     const SEGMENT_BYTES: u64 = 64 << 20;
-    const ROUNDS: usize = 20;
+    const SEGMENTS_MAX: u64 = 2 + 2 + 1;
+    /// The file that keeps an etcd away, and the like.
+    const BESIDES_BYTES: u64 = 64 << 10;
+    const ROUNDS: usize = 32;
     const PUTS_PER_ROUND: usize = 64;
     // Without fsync, because this is about names and sizes, not about speed.
     let home =
@@ -278,8 +282,9 @@ async fn the_logs_files_are_used_again() {
         most = most.max(disk_usage_bytes(&home.wal_dir()));
     }
     let written = home.scrape().value("etcd_disk_wal_write_bytes_total");
-    assert!(written > 4.5 * SEGMENT_BYTES as f64, "only {written} bytes were written");
-    assert!(most <= 3 * SEGMENT_BYTES, "the log took {most} bytes for {written} written");
+    assert!(written > 7.5 * SEGMENT_BYTES as f64, "only {written} bytes were written");
+    let bound = SEGMENTS_MAX * SEGMENT_BYTES + BESIDES_BYTES;
+    assert!(most <= bound, "the log took {most} bytes for {written} written");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //! Overwriting blocks that were written before costs half of what growing a file does,
 //! since the file system has nothing to record but the data. So a segment's file is
 //! either one that an earlier segment has left, or one filled with zeros in advance, by
-//! the thread here: filling 64 MiB takes tens of milliseconds nobody should wait for.
+//! the thread here: filling 64 MiB takes tens to hundreds of milliseconds nobody should wait for.
 //!
 //! What a spare holds does not matter to correctness; segments are salted. Its *name*
 //! does: a retired segment is renamed, and the renaming is on the disk, before its bytes
@@ -23,13 +23,13 @@ use parking_lot::{Condvar, Mutex};
 
 use super::LogError;
 use super::dir::{Directory, Step};
+use crate::large_file::{self, SYNC_EVERY_BYTES, Unlinked};
 
 /// Ready files kept at most. One is made; a second is only ever a recycled one.
 pub(super) const SPARES_MAX: usize = 2;
-/// Zeros are written in pieces of this size, so that stopping waits for one at most.
-const FILL_CHUNK_BYTES: u64 = 1 << 20;
-/// ... and synced this often, so that no other file's sync finds a heap of dirty pages.
-const FILL_SYNC_BYTES: u64 = 8 << 20;
+/// Zeros are written in pieces of this size, each synced, so that stopping waits for one at most, or
+/// for a segment whose space is given back.
+const FILL_CHUNK_BYTES: u64 = SYNC_EVERY_BYTES;
 
 /// The ready files and the thread that provides them. Dropping it stops the thread.
 #[derive(Debug)]
@@ -181,7 +181,7 @@ impl Shared {
 
     /// Renames what can be used again, removes the rest.
     fn recycle(&self, segments: Vec<PathBuf>) -> Result<(), LogError> {
-        let mut renamed = Vec::new();
+        let (mut renamed, mut useless) = (Vec::new(), Vec::new());
         for segment in segments {
             let size = fs::metadata(&segment).map_err(|e| LogError::io("look at", &segment, e))?;
             let number = {
@@ -197,13 +197,19 @@ impl Shared {
                 fs::rename(&segment, &spare).map_err(|e| LogError::io("rename", &segment, e))?;
                 renamed.push(spare);
             } else {
-                fs::remove_file(&segment).map_err(|e| LogError::io("remove", &segment, e))?;
+                let unlinked = large_file::unlink(&segment);
+                useless.push(unlinked.map_err(|e| LogError::io("remove", &segment, e))?);
             }
             self.dir.step(Step::SegmentGone);
         }
         self.dir.sync()?;
         self.dir.step(Step::RecyclingSynced);
         self.state.lock().ready.append(&mut renamed);
+        // Not before: a segment must not be shorter than it was while a power cut may bring back its
+        // name. What was never to be synced is not now.
+        if self.dir.fsync() {
+            useless.into_iter().for_each(Unlinked::give_back);
+        }
         Ok(())
     }
 
@@ -243,7 +249,6 @@ impl Shared {
         let mut file: File = self.dir.create(path)?;
         let zeros = vec![0; usize::try_from(FILL_CHUNK_BYTES.min(self.segment_bytes)).unwrap_or(0)];
         let mut left = self.segment_bytes;
-        let mut unsynced = 0;
         while left > 0 {
             if self.state.lock().stop {
                 return Ok(false);
@@ -251,11 +256,7 @@ impl Shared {
             let piece = left.min(zeros.len() as u64);
             file.write_all(zeros.get(..piece as usize).unwrap_or(&zeros)).map_err(failed)?;
             left -= piece;
-            unsynced += piece;
-            if unsynced >= FILL_SYNC_BYTES || left == 0 {
-                self.dir.sync_file(&file, path)?;
-                unsynced = 0;
-            }
+            self.dir.sync_file(&file, path)?;
         }
         Ok(true)
     }

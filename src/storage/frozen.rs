@@ -28,6 +28,7 @@ use std::path::Path;
 use bytes::Bytes;
 
 use super::Visit;
+use crate::large_file::SYNC_EVERY_BYTES;
 
 /// The file's name, in the checkpoint's directory.
 pub(super) const FILE: &str = "frozen";
@@ -37,9 +38,6 @@ const FILE_HEADER_BYTES: u64 = 16;
 const BLOCK_HEADER_BYTES: usize = 8;
 /// A block ends with the record that makes it this long, in bytes.
 const BLOCK_BYTES: usize = 256 << 10;
-/// So many bytes are written before the disk is waited for. More, and the kernel would
-/// write them all at once, while the raft log waits.
-const SYNC_EVERY_BYTES: u64 = 8 << 20;
 
 /// The file, open.
 #[derive(Debug)]

@@ -48,7 +48,7 @@ use super::record::{
     piece_key, pieces_of, stored_key,
 };
 use super::{Batch, Storage, StorageError, Table, Visit};
-use crate::file_lock;
+use crate::{file_lock, large_file};
 
 /// The format described in [`super::record`].
 /// 2: there may be a file of frozen records.
@@ -203,9 +203,11 @@ impl SledStorage {
     /// still has its file open: without its name alone the file would take up space until
     /// the process ends. Only for a checkpoint that does not count any more.
     pub(super) fn give_back_space(dir: &Path) {
-        let db = fs::OpenOptions::new().write(true).open(dir.join("db"));
-        // What is not there takes no space; what cannot be opened is removed by name.
-        let _ = db.and_then(|file| file.set_len(0));
+        for name in ["db", frozen::FILE] {
+            // What is not there takes no space; what cannot be opened is removed by name.
+            let file = fs::File::options().write(true).open(dir.join(name));
+            let _ = file.and_then(|file| large_file::empty(&file));
+        }
     }
 
     /// Marks an empty checkpoint as ours. Not yet durably: what nothing was synced in is

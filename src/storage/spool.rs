@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use bytes::Bytes;
 
 use super::image::{ImageError, ImageReader};
+use crate::large_file::{self, Unlinked};
 
 /// Spools there may be at a time. Each may become as large as a whole state.
 pub const SPOOLS_MAX: usize = 2;
@@ -156,7 +157,7 @@ impl Drop for Spool {
     fn drop(&mut self) {
         if let Content::File { path, .. } = &self.content {
             // If it cannot be removed now, the next start tries again.
-            let _ = fs::remove_file(path);
+            let _ = large_file::unlink(path).map(Unlinked::give_back_later);
         }
         self.live.fetch_sub(1, Ordering::AcqRel);
     }
