@@ -213,6 +213,11 @@ pub struct Recovered {
 }
 
 impl Recovered {
+    /// Index of the last entry; of the start if there is none.
+    pub fn last_index(&self) -> u64 {
+        self.entries.last().map_or(self.start.index, |entry| entry.index)
+    }
+
     /// Whether anything was ever written to it, but for the start of a new cluster.
     pub fn was_written_to(&self) -> bool {
         let is_begun = [Mark::default(), BOOTSTRAP].contains(&self.start);
@@ -265,6 +270,13 @@ pub trait LogStore: Send {
     /// Replaces everything by a snapshot that ends at `start`: the log goes on, empty,
     /// after it. Durable on return. Blocks.
     fn install(&mut self, start: Mark, hard_state: HardState) -> Result<(), LogError>;
+
+    /// Leaves proof, if there is none yet, that what was synced was, by which damage to the last write
+    /// is told from a torn one: for when nothing is to be written for a while. Not synced itself, it
+    /// outlives the process, and the machine soon. Optional.
+    fn attest(&mut self) -> Result<(), LogError> {
+        Ok(())
+    }
 
     /// Last call of an orderly stop: syncs, and leaves proof that all was synced, by
     /// which damage to the last write is told from a torn one. Optional.

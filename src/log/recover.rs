@@ -31,9 +31,9 @@
 //!
 //! The claim counts even when only the header of a record is valid, for the header alone
 //! makes it. What the rule cannot see is damage in the very last batch, behind which
-//! nothing was ever written: it looks like a torn one, and is cut and reported. An orderly
-//! stop therefore writes an empty record last ([`LogStore::close`]), whose claim covers
-//! the rest.
+//! nothing was ever written: it looks like a torn one, and is cut and reported. So an empty
+//! record, whose claim covers the rest, is written when nothing else is for a moment
+//! ([`LogStore::attest`]), and last in an orderly stop ([`LogStore::close`]).
 //!
 //! # Which segments count
 //!
@@ -42,6 +42,7 @@
 //! ordered with anything, so a crash can leave any of them behind; what is left of a gap
 //! is not needed, or the replay notices that entries are missing and refuses.
 //!
+//! [`LogStore::attest`]: super::LogStore::attest
 //! [`LogStore::close`]: super::LogStore::close
 
 use std::fs::{File, OpenOptions};

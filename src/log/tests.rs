@@ -561,6 +561,36 @@ fn any_flipped_byte_before_the_last_batch_is_refused() {
     }
 }
 
+/// Which is written once, and is no entry.
+#[test]
+fn with_proof_any_flipped_byte_of_the_last_batch_is_refused() {
+    let dir = scratch();
+    let (offsets, file) = three_batches(dir.path());
+    let [.., begin, end] = offsets[..] else { panic!() };
+    let (mut log, _) = open(dir.path());
+    for _ in 0..2 {
+        log.attest().unwrap();
+        assert_eq!(log.current.end, end + RECORD_HEADER_BYTES);
+    }
+    let copy = copy_dir(dir.path());
+    let path = in_copy(&copy, &file);
+    for at in begin..end {
+        flip(&path, at, 0x10);
+        assert_damaged(look(copy.path()), &file, begin);
+        flip(&path, at, 0x10);
+    }
+    // Damage to the proof, which is not synced, is none to what it proves.
+    for at in end..end + RECORD_HEADER_BYTES {
+        fs::copy(&file, &path).unwrap();
+        flip(&path, at, 0x10);
+        assert_eq!(look(copy.path()).unwrap().entries.len(), 7, "flipped at {at}");
+    }
+    log.append(&entries(8, 1, 1, 40), None).unwrap();
+    log.sync().unwrap();
+    drop(log);
+    assert_eq!(look(dir.path()).unwrap().entries.len(), 8);
+}
+
 #[test]
 fn a_log_that_ends_before_the_checkpoint_is_damaged_and_left_alone() {
     let dir = scratch();

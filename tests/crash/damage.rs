@@ -6,11 +6,12 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvorum::log::{Identity, Log, LogError, Options, Recovered};
-use kvorum::pb::etcdserverpb::LeaseGrantRequest;
+use kvorum::pb::etcdserverpb::kv_client::KvClient;
 use kvorum::pb::etcdserverpb::lease_client::LeaseClient;
+use kvorum::pb::etcdserverpb::{LeaseGrantRequest, PutRequest};
 use tempfile::TempDir;
 
 use crate::common::rng::Rng;
@@ -247,6 +248,34 @@ async fn a_flipped_byte_in_the_log_is_refused() {
             assert!(told <= offset, "byte {offset} was flipped, and {told} is told");
         }
     }
+}
+
+/// Not only in the middle: once nothing was written for a moment, damage to the last record is no write
+/// that kill -9 cut short.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flipped_byte_of_the_last_write_before_a_kill_is_refused() {
+    const VALUE: &[u8] = b"acknowledged";
+    let directory = tempfile::tempdir().unwrap();
+    let copy = Copy { directory };
+    let mut node = copy.start(&[]).expect("it starts");
+    let request = PutRequest { key: "k".into(), value: VALUE.into(), ..PutRequest::default() };
+    KvClient::new(node.channel()).put(request).await.unwrap();
+    let segment = last_segment(&copy.wal());
+    let find = || {
+        let bytes = fs::read(&segment).unwrap();
+        let value = bytes.windows(VALUE.len()).position(|window| window == VALUE);
+        let behind = value.expect("it was acknowledged") + VALUE.len();
+        (behind, bytes[behind..].iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1))
+    };
+    // The command's own header is behind the value, and then the next record's.
+    let began = Instant::now();
+    while find().1 < 40 {
+        assert!(began.elapsed() < Duration::from_secs(60), "nothing proves the last write");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    node.kill();
+    flip(&segment, find().0 as u64 - 1, 1);
+    copy.assert_refused(&[], &["raft log", "is damaged at byte", "later ones prove"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
