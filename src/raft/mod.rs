@@ -40,7 +40,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use protobuf::Message as _;
-use raft::eraftpb::{ConfChangeV2, MessageType};
+use raft::eraftpb::{self, ConfChangeV2, MessageType};
 use raft::{Config as RaftConfig, ProgressState, RawNode, SnapshotStatus, StateRole};
 
 use crate::log::{Entry, HardState, Mark};
@@ -381,11 +381,17 @@ impl Node {
         self.see(message).map(|()| true)
     }
 
-    fn see(&mut self, message: raft::eraftpb::Message) -> Result<(), Malformed> {
+    fn see(&mut self, message: eraftpb::Message) -> Result<(), Malformed> {
         message::check(&self.raw, &message)?;
         let leads = self.raw.raft.state == StateRole::Leader;
         if message.get_msg_type() == MessageType::MsgReadIndex && !leads {
             // Raft would send it on, perhaps in a circle.
+            return Ok(());
+        }
+        if message.get_msg_type() == MessageType::MsgRequestVote
+            && message.term < self.raw.raft.term
+        {
+            self.raw.raft.msgs.push(refusal(&self.raw.raft, &message));
             return Ok(());
         }
         // What raft refuses is of a member that it does not know (yet, or any more).
@@ -714,7 +720,7 @@ impl Node {
         // that it might have forgotten after a crash: a lone voter leads at once. That goes for
         // what it says later, too, as long as its term is not on disk: it would lead in the same
         // term once more, and a learner would have two entries of one index and term.
-        let encode = |message: &raft::eraftpb::Message| message::encode(message);
+        let encode = |message: &eraftpb::Message| message::encode(message);
         let now = now.iter().filter_map(encode);
         let later = later.iter().filter_map(encode);
         if self.promised != 0 && !self.forgets_to_hold() {
@@ -805,6 +811,19 @@ impl Node {
             role
         })
     }
+}
+
+/// The answer to who asks for votes, not before votes, in a term that has passed: the raft paper, 5.1.
+/// raft-rs, as etcd, says nothing. Then, without pre-vote or past it, a voter whose term is behind, and who
+/// alone could win, never catches up: each campaign of the other, who cannot, raises its term again.
+fn refusal(raft: &raft::Raft<LogCache>, of: &eraftpb::Message) -> eraftpb::Message {
+    let mut refusal = eraftpb::Message::default();
+    refusal.set_msg_type(MessageType::MsgRequestVoteResponse);
+    refusal.from = raft.id;
+    refusal.to = of.from;
+    refusal.term = raft.term;
+    refusal.reject = true;
+    refusal
 }
 
 fn read_ready(state: &raft::ReadState) -> Option<ReadReady> {

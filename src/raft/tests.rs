@@ -187,8 +187,8 @@ fn applied_entries_are_kept_up_to_a_size() {
     assert_eq!(last + 1 - first, 4, "4 MiB");
 }
 
-/// Three members, and what they have sent and not yet heard.
-struct Three {
+/// Cluster members, and what they have sent and not yet heard.
+struct Cluster {
     nodes: BTreeMap<u64, Node>,
     wire: VecDeque<(u64, Outgoing)>,
     /// Writes that the disk of a member has yet to finish, when it is slow.
@@ -207,7 +207,11 @@ const BEGIN: Mark = Mark { index: 1, term: 1 };
 
 /// A member of a cluster that has just begun.
 fn begun(id: u64, configuration: Configuration) -> Node {
-    let start = Start {
+    Node::new(of_a_new_cluster(id, configuration)).unwrap()
+}
+
+fn of_a_new_cluster(id: u64, configuration: Configuration) -> Start {
+    Start {
         id,
         election_ticks: 10,
         catch_up_entries: 5,
@@ -218,15 +222,18 @@ fn begun(id: u64, configuration: Configuration) -> Node {
         entries: vec![],
         applied: 1,
         configuration,
-    };
-    Node::new(start).unwrap()
+    }
 }
 
-impl Three {
-    fn new() -> Three {
+impl Cluster {
+    fn new() -> Cluster {
         let configuration = Configuration { voters: vec![1, 2, 3], learners: vec![] };
-        let nodes = (1..=3).map(|id| (id, begun(id, configuration.clone())));
-        Three {
+        Cluster::of([1, 2, 3].map(|id| of_a_new_cluster(id, configuration.clone())))
+    }
+
+    fn of(starts: impl IntoIterator<Item = Start>) -> Cluster {
+        let nodes = starts.into_iter().map(|start| (start.id, Node::new(start).unwrap()));
+        Cluster {
             nodes: nodes.collect(),
             wire: VecDeque::new(),
             unfinished: BTreeMap::new(),
@@ -293,7 +300,8 @@ impl Three {
 
     /// A tick of each, one after the other, as between clocks that began at different times.
     fn tick(&mut self) {
-        for id in 1..=3 {
+        let ids: Vec<u64> = self.nodes.keys().copied().collect();
+        for id in ids {
             self.node(id).tick();
             self.settle();
         }
@@ -316,7 +324,7 @@ impl Three {
 
 #[test]
 fn three_elect_one_and_commit_what_it_proposes() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     three.node(leader).propose(Bytes::from_static(b"one")).unwrap();
     three.settle();
@@ -329,7 +337,7 @@ fn three_elect_one_and_commit_what_it_proposes() {
 
 #[test]
 fn the_same_seed_elects_the_same_leader() {
-    let first: Vec<u64> = (0..5).map(|_| Three::new().elect()).collect();
+    let first: Vec<u64> = (0..5).map(|_| Cluster::new().elect()).collect();
     assert!(first.windows(2).all(|two| two[0] == two[1]), "{first:?}");
 }
 
@@ -360,7 +368,7 @@ fn a_new_leader_answers_no_read_before_it_has_committed_in_its_term() {
 /// others must learn from its answer all the same.
 #[test]
 fn a_member_of_an_old_term_still_makes_a_majority() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let first = three.elect();
     let behind = 1 + first % 3;
     let other = 6 - first - behind;
@@ -377,7 +385,7 @@ fn a_member_of_an_old_term_still_makes_a_majority() {
 
 #[test]
 fn a_member_that_was_cut_off_comes_back_without_an_election() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let term = three.node(leader).term();
     three.cut_off = vec![1 + leader % 3];
@@ -392,10 +400,30 @@ fn a_member_that_was_cut_off_comes_back_without_an_election() {
     assert!(three.nodes.values().all(|node| node.term() == term));
 }
 
+/// One of two voters never heard of the other, and campaigns by itself, in terms that the
+/// other does not hear of. Only the other can win; asking for votes in terms that have passed,
+/// it has to be told.
+#[test]
+fn who_asks_for_votes_in_a_term_that_has_passed_is_told_the_term() {
+    let voters = |voters: [u64; 2]| Configuration { voters: voters.to_vec(), learners: vec![] };
+    let start = |id, term, entries, known| Start {
+        pre_vote: false,
+        hard_state: HardState { term, vote: 0, commit: 1 },
+        entries,
+        ..of_a_new_cluster(id, voters(known))
+    };
+    let entry = command_entry(2, 5, Bytes::from_static(b"one"));
+    let behind = start(1, 90, vec![], [1, 3]);
+    let ahead = start(2, 5, vec![entry], [1, 2]);
+    let mut two = Cluster::of([behind, ahead]);
+    assert_eq!(two.elect(), 2);
+    assert!(two.node(2).term() > 90);
+}
+
 /// The leader they knew would keep them from hearing each other, if they clung to it.
 #[test]
 fn two_that_campaign_at_the_same_time_elect_one() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let term = three.node(leader).term();
     let left: Vec<u64> = (1..=3).filter(|id| *id != leader).collect();
@@ -413,7 +441,7 @@ fn two_that_campaign_at_the_same_time_elect_one() {
 /// A vote that was given and forgotten could be given twice.
 #[test]
 fn a_vote_leaves_only_when_it_is_on_disk() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     three.slow = vec![1, 2, 3];
     for _ in 0..40 {
         three.tick();
@@ -456,7 +484,7 @@ fn a_lone_voter_says_nothing_in_a_term_that_is_not_on_disk() {
 
 #[test]
 fn the_leaders_own_disk_does_not_hold_up_a_majority() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     three.slow = vec![leader];
     three.node(leader).propose(Bytes::from_static(b"one")).unwrap();
@@ -472,7 +500,7 @@ fn the_leaders_own_disk_does_not_hold_up_a_majority() {
 
 #[test]
 fn a_follower_reads_at_an_index_that_the_leader_has_confirmed() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let follower = 1 + leader % 3;
     assert!(three.node(follower).read_index(context(9)));
@@ -489,7 +517,7 @@ fn a_follower_reads_at_an_index_that_the_leader_has_confirmed() {
 
 #[test]
 fn a_follower_that_sees_its_leader_go_does_not_wait_for_the_whole_timeout() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     three.cut_off = vec![leader];
     for id in (1..=3).filter(|id| *id != leader) {
@@ -504,7 +532,7 @@ fn a_follower_that_sees_its_leader_go_does_not_wait_for_the_whole_timeout() {
 
 #[test]
 fn a_member_that_is_far_behind_is_sent_a_snapshot_that_was_offered() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let behind = 1 + leader % 3;
     three.cut_off = vec![behind];
@@ -555,7 +583,7 @@ fn snapshot(from: u64, to: u64, mark: Mark, voters: Vec<u64>) -> Vec<u8> {
 /// Its message would be the last that raft saw of the first one.
 #[test]
 fn while_a_snapshot_is_put_in_force_another_is_not_taken() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     // The others have never had what the snapshots speak of.
     three.cut_off = vec![1];
     let first = snapshot(2, 1, Mark { index: 100, term: 5 }, vec![1, 2, 3]);
@@ -601,7 +629,7 @@ fn a_change_from_before_a_snapshot_does_not_change_the_snapshots_configuration()
 
 #[test]
 fn a_change_takes_effect_when_it_is_applied_and_one_at_a_time() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let removed = 1 + leader % 3;
     let change = Change::Remove(removed);
@@ -618,7 +646,7 @@ fn a_change_takes_effect_when_it_is_applied_and_one_at_a_time() {
 /// Who is left of two must not ask the other, who may be gone, after a crash.
 #[test]
 fn that_a_change_is_committed_is_written() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let change = Change::Remove(1 + leader % 3);
     let command = Bytes::from_static(b"entry");
@@ -634,7 +662,7 @@ fn that_a_change_is_committed_is_written() {
 
 #[test]
 fn a_leader_that_is_removed_leads_no_more() {
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let proposes = three.elect();
     let removed = 1 + proposes % 3;
     // It becomes the leader while its removal is in the log and not committed.
@@ -661,7 +689,7 @@ fn a_leader_that_is_removed_leads_no_more() {
 #[test]
 fn what_no_member_would_say_is_passed_over() {
     use raft::eraftpb::{Entry as RaftEntry, Message};
-    let mut three = Three::new();
+    let mut three = Cluster::new();
     let leader = three.elect();
     let follower = 1 + leader % 3;
     let other = 6 - leader - follower;
