@@ -9,8 +9,9 @@
 //! mean another member ([`crate::net::identity`]), or were removed. A refusal says what to change,
 //! since it ends up in the log of a member that cannot join.
 //!
-//! Raft's messages are handed to the receiver as they come, a batch at a time, within the task
-//! of their connection; a member that was removed hears of it as soon as it sends again.
+//! Raft's messages, and commands for the leader, are handed to the receiver as they come, a batch
+//! at a time, within the task of their connection; a member that was removed hears of it as soon
+//! as it sends again.
 
 #[cfg(test)]
 mod tests;
@@ -28,7 +29,7 @@ use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderName};
 use http::{Method, StatusCode};
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
 use tonic::server::NamedService as _;
 use tonic::{Request, Response, Status, Streaming};
@@ -41,19 +42,22 @@ use crate::error::Error;
 use crate::metrics::{Metrics, PeerMetrics};
 use crate::net::identity::Named;
 use crate::net::pull::ImageChunks;
-use crate::net::{Receiver, SnapshotReplies, refusal};
+use crate::net::{Receiver, Refusals, SnapshotReplies, refusal};
 use crate::pb::etcdserverpb::{
     HashKvRequest, HashKvResponse, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
     LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, MemberPromoteRequest, MemberPromoteResponse,
 };
 use crate::pb::kvorumpb::peer_server::{self, PeerServer};
 use crate::pb::kvorumpb::{
-    MembersRequest, MembersResponse, ProposeRequest, ProposeResponse, PullImageRequest,
-    RaftMessages, RaftMessagesReply, RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
+    MembersRequest, MembersResponse, Proposal, PullImageRequest, RaftMessages, RaftMessagesReply,
+    Refusal, RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
 };
 
 /// Room in a message for what raft puts around an entry, and for several small ones, in bytes.
 const MESSAGE_OVERHEAD_BYTES: usize = 4 * 1024 * 1024;
+
+/// Refusals of commands in one reply; further ones are in the next.
+const REFUSALS_MAX: usize = 1024;
 
 /// Callers whose bytes are counted; those of further ones are not. Callers name themselves.
 const MAX_COUNTED_PEERS: usize = 64;
@@ -177,25 +181,33 @@ impl Peer {
     }
 }
 
-/// Raft's messages of one connection. As a stream, it is the answers to probes: asking it for
-/// one takes all messages that come before.
+/// Raft's messages of one connection. As a stream, it is the refusals of commands and the answers
+/// to probes: asking it for one takes all messages that come before.
 struct Messages {
     incoming: Streaming<RaftMessages>,
     from: u64,
     receiver: Arc<dyn Receiver>,
     counters: Option<PeerMetrics>,
+    /// Until the last message has come.
+    refusals: Option<Refusals>,
+    refused: mpsc::UnboundedReceiver<Refusal>,
 }
 
 impl Messages {
-    fn take(&self, messages: Vec<Bytes>) {
-        if messages.is_empty() {
-            return;
-        }
+    fn take(&self, messages: Vec<Bytes>, proposals: Vec<Proposal>) {
         if let Some(counters) = &self.counters {
-            let bytes: usize = messages.iter().map(Bytes::len).sum();
+            let commands = proposals.iter().map(|proposal| proposal.command.len());
+            let bytes: usize = messages.iter().map(Bytes::len).chain(commands).sum();
             counters.received_bytes.inc_by(u64::try_from(bytes).unwrap_or(u64::MAX));
         }
-        self.receiver.messages(self.from, messages);
+        if !messages.is_empty() {
+            self.receiver.messages(self.from, messages);
+        }
+        if let Some(refusals) = &self.refusals
+            && !proposals.is_empty()
+        {
+            self.receiver.propose(proposals, refusals);
+        }
     }
 }
 
@@ -204,9 +216,22 @@ impl Stream for Messages {
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         loop {
-            let RaftMessages { messages, probe } =
+            let mut refusals = Vec::new();
+            match self.refused.poll_recv_many(context, &mut refusals, REFUSALS_MAX) {
+                // Nothing comes any more, and all is decided that came.
+                Poll::Ready(0) => return Poll::Ready(None),
+                Poll::Ready(_) => {
+                    return Poll::Ready(Some(Ok(RaftMessagesReply { probe: 0, refusals })));
+                }
+                Poll::Pending if self.refusals.is_none() => return Poll::Pending,
+                Poll::Pending => {}
+            }
+            let RaftMessages { messages, probe, proposals } =
                 match ready!(Pin::new(&mut self.incoming).poll_next(context)) {
-                    None => return Poll::Ready(None),
+                    None => {
+                        self.refusals = None;
+                        continue;
+                    }
                     Some(Ok(batch)) => batch,
                     Some(Err(status)) => {
                         if let Some(counters) = &self.counters {
@@ -218,9 +243,10 @@ impl Stream for Messages {
             if self.receiver.is_removed(self.from) {
                 return Poll::Ready(Some(Err(refusal::removed())));
             }
-            self.take(messages);
+            self.take(messages, proposals);
             if probe != 0 {
-                return Poll::Ready(Some(Ok(RaftMessagesReply { probe })));
+                let refusals = Vec::new();
+                return Poll::Ready(Some(Ok(RaftMessagesReply { probe, refusals })));
             }
         }
     }
@@ -241,7 +267,10 @@ impl peer_server::Peer for Peer {
         request: Request<Streaming<RaftMessages>>,
     ) -> Result<Response<Self::MessagesStream>, Status> {
         let from = self.caller(&request)?;
+        let (refusals, refused) = mpsc::unbounded_channel();
         let messages = Messages {
+            refusals: Some(refusals),
+            refused,
             incoming: request.into_inner(),
             from,
             receiver: Arc::clone(&self.receiver),
@@ -267,14 +296,6 @@ impl peer_server::Peer for Peer {
         let from = self.caller(&request)?;
         let chunks = self.receiver.pull_image(from, request.into_inner().at_least).await?;
         Ok(Response::new(UntilStopped::new(chunks, self.stopping.clone())))
-    }
-
-    async fn propose(
-        &self,
-        request: Request<ProposeRequest>,
-    ) -> Result<Response<ProposeResponse>, Status> {
-        self.caller(&request)?;
-        answer(self.receiver.propose(request.into_inner()).await)
     }
 
     async fn lease_keep_alive(

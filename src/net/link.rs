@@ -28,13 +28,15 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::identity::{Caller, Identity};
-use super::queue::Queue;
+use super::queue::{Dropped, Queue};
 use super::{
     ACCEPT_TIMEOUT, BadUrl, Client, LINGER, Lane, PROBE_INTERVAL, PeerAddress, PeerEvent,
     RECONNECT_PAUSE, REFUSED_PAUSE, Shared, refusal,
 };
 use crate::metrics::PeerMetrics;
+use crate::pb::kvorumpb::Proposal;
 use crate::pb::kvorumpb::peer_client::PeerClient;
+use crate::pb::kvorumpb::refusal::Reason;
 
 /// A peer. Dropping it ends the connection, after what is queued or [`LINGER`].
 pub(super) struct Link {
@@ -124,6 +126,10 @@ impl Link {
         queued
     }
 
+    pub(super) fn propose(&self, proposal: Proposal) {
+        self.state.refuse(self.state.queue.propose(proposal));
+    }
+
     pub(super) fn urls(&self) -> &[String] {
         &self.state.address.urls
     }
@@ -154,13 +160,16 @@ impl Drop for Link {
 
 impl State {
     async fn run(self: Arc<State>, mut closed: watch::Receiver<bool>) {
-        let mut connecting = std::pin::pin!(self.keep_connected());
+        let given_up = async {
+            let _ = closed.wait_for(|closed| *closed).await;
+            // What is left when the time is up was not to be delivered.
+            sleep(LINGER).await;
+        };
         tokio::select! {
-            () = &mut connecting => return,
-            _ = closed.wait_for(|closed| *closed) => {}
+            () = self.keep_connected() => {}
+            () = given_up => {}
         }
-        // What is left when the time is up was not to be delivered.
-        let _ = timeout(LINGER, connecting).await;
+        self.drop_waiting();
     }
 
     /// Connects again and again, until the link is dropped and all has been sent.
@@ -177,8 +186,7 @@ impl State {
             if self.standing.lock().dropped {
                 return;
             }
-            let dropped = self.queue.disconnect();
-            self.metrics.sent_failures.inc_by(u64::try_from(dropped).unwrap_or(u64::MAX));
+            let dropped = self.drop_waiting();
             let id = self.address.id;
             let event = if was_active { PeerEvent::Broken(id) } else { PeerEvent::Unreachable(id) };
             (self.shared.events)(event);
@@ -187,6 +195,22 @@ impl State {
                 at = (at + 1) % self.address.urls.len();
             }
             sleep(if refused { REFUSED_PAUSE } else { RECONNECT_PAUSE }).await;
+        }
+    }
+
+    /// Drops what waits: how many messages. Who proposed a command is told.
+    fn drop_waiting(&self) -> usize {
+        let Dropped { messages, proposals } = self.queue.disconnect();
+        let dropped = messages + proposals.len();
+        self.metrics.sent_failures.inc_by(u64::try_from(dropped).unwrap_or(u64::MAX));
+        self.refuse(proposals);
+        dropped
+    }
+
+    /// Tells who proposed commands that they were never sent.
+    fn refuse(&self, proposals: impl IntoIterator<Item = Proposal>) {
+        for Proposal { sequence, .. } in proposals {
+            (self.shared.events)(PeerEvent::Refused { sequence, reason: Reason::NotLeader });
         }
     }
 
@@ -212,14 +236,17 @@ impl State {
         let mut probe = (0, Instant::now());
         loop {
             tokio::select! {
-                reply = replies.message() => match reply? {
-                    Some(reply) if reply.probe == probe.0 => {
+                reply = replies.message() => {
+                    let Some(reply) = reply? else { return Ok(()) };
+                    if reply.probe != 0 && reply.probe == probe.0 {
                         let seconds = probe.1.elapsed().as_secs_f64();
                         self.metrics.round_trip_time_seconds.observe(seconds);
                     }
-                    Some(_) => {}
-                    None => return Ok(()),
-                },
+                    for refusal in reply.refusals {
+                        let (sequence, reason) = (refusal.sequence, refusal.reason());
+                        (self.shared.events)(PeerEvent::Refused { sequence, reason });
+                    }
+                }
                 _ = probes.tick() => {
                     probe = (probe.0 + 1, Instant::now());
                     self.queue.probe(probe.0);

@@ -1,14 +1,16 @@
 //! What waits to be sent to one peer.
 //!
 //! ```text
-//! push ──▶ urgent ┐
-//! push ──▶ bulk   ┴─▶ Outgoing: all that waits, as one message of up to BATCH_BYTES
+//! push ─────▶ urgent   ┐
+//! push ─────▶ bulk     ┼─▶ Outgoing: all that waits, as one message of up to BATCH_BYTES
+//! propose ──▶ commands ┘
 //! ```
 //!
 //! The raft thread pushes and never waits: a full lane drops what comes. The stream of a
 //! connection ([`Outgoing`]) takes. There is one at a time: [`Queue::connect`] makes it, and
 //! one that an earlier connection still holds ends then, lest it take messages along.
-//! [`Queue::disconnect`] drops what waits: raft sends again what still matters.
+//! [`Queue::disconnect`] drops what waits: raft sends again what still matters, and commands
+//! are given back to be proposed again.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -21,9 +23,9 @@ use tokio_stream::Stream;
 
 use super::Lane;
 use crate::metrics::PeerMetrics;
-use crate::pb::kvorumpb::RaftMessages;
+use crate::pb::kvorumpb::{Proposal, RaftMessages};
 
-/// Raft messages sent as one, in bytes; a single message may be larger.
+/// Messages and commands sent as one, in bytes; a single one may be larger.
 pub const BATCH_BYTES: usize = 1024 * 1024;
 /// Entries and acknowledgements that wait for one peer; the next one is dropped.
 pub const BULK_QUEUE_MESSAGES: usize = 4096;
@@ -42,6 +44,8 @@ pub(super) struct Queue {
 struct Waiting {
     urgent: Messages,
     bulk: Messages,
+    /// Commands for the leader.
+    proposals: VecDeque<Proposal>,
     /// A probe to be sent; 0 is none.
     probe: u64,
     /// The number of the connection that takes.
@@ -57,6 +61,7 @@ impl Queue {
         let waiting = Waiting {
             urgent: Messages::new(URGENT_QUEUE_MESSAGES, URGENT_QUEUE_BYTES),
             bulk: Messages::new(BULK_QUEUE_MESSAGES, BULK_QUEUE_BYTES),
+            proposals: VecDeque::new(),
             probe: 0,
             connection: 0,
             closed: false,
@@ -83,6 +88,20 @@ impl Queue {
         true
     }
 
+    /// Puts a command behind the others, and returns those of earlier terms, for which nobody leads any
+    /// more. Who proposes bounds how many of one term are under way.
+    pub(super) fn propose(&self, proposal: Proposal) -> Vec<Proposal> {
+        let (stale, taker) = {
+            let mut waiting = self.waiting.lock();
+            let current = waiting.proposals.partition_point(|old| old.term < proposal.term);
+            let stale = waiting.proposals.drain(..current).collect();
+            waiting.proposals.push_back(proposal);
+            (stale, waiting.taker.take())
+        };
+        wake(taker);
+        stale
+    }
+
     /// Has `probe`, which is not 0, sent with the next messages, or alone.
     pub(super) fn probe(&self, probe: u64) {
         let taker = {
@@ -104,13 +123,15 @@ impl Queue {
         Outgoing { queue: Arc::clone(self), connection, metrics }
     }
 
-    /// Ends the stream of the connection and drops what waits: how many messages those were.
-    pub(super) fn disconnect(&self) -> usize {
+    /// Ends the stream of the connection and drops what waits.
+    pub(super) fn disconnect(&self) -> Dropped {
         let (dropped, taker) = {
             let mut waiting = self.waiting.lock();
             waiting.connection += 1;
             waiting.probe = 0;
-            (waiting.urgent.clear() + waiting.bulk.clear(), waiting.taker.take())
+            let messages = waiting.urgent.clear() + waiting.bulk.clear();
+            let proposals = std::mem::take(&mut waiting.proposals);
+            (Dropped { messages, proposals }, waiting.taker.take())
         };
         wake(taker);
         dropped
@@ -125,6 +146,14 @@ impl Queue {
         };
         wake(taker);
     }
+}
+
+/// What was never sent.
+pub(super) struct Dropped {
+    /// How many messages.
+    pub(super) messages: usize,
+    /// The commands.
+    pub(super) proposals: VecDeque<Proposal>,
 }
 
 fn wake(taker: Option<Waker>) {
@@ -157,18 +186,13 @@ impl Messages {
         true
     }
 
-    /// Moves messages to `batch` while it has `room`, and at least one if it is empty. Whether
-    /// all could be moved.
-    fn take(&mut self, batch: &mut Vec<Bytes>, room: &mut usize) -> bool {
-        while let Some(message) = self.messages.front() {
-            if message.len() > *room && !batch.is_empty() {
-                return false;
-            }
-            *room = room.saturating_sub(message.len());
+    /// Moves messages to `batch` while there is room.
+    fn take(&mut self, batch: &mut Vec<Bytes>, room: &mut Room) {
+        while self.messages.front().is_some_and(|message| room.fits(message.len())) {
+            let Some(message) = self.messages.pop_front() else { break };
             self.bytes -= message.len();
-            batch.extend(self.messages.pop_front());
+            batch.push(message);
         }
-        true
     }
 
     fn clear(&mut self) -> usize {
@@ -177,6 +201,26 @@ impl Messages {
         self.messages = VecDeque::new();
         self.bytes = 0;
         dropped
+    }
+}
+
+/// What may still go into a batch.
+struct Room {
+    /// Bytes of what is in it.
+    taken: usize,
+    /// Something had to be left for the next batch.
+    full: bool,
+}
+
+impl Room {
+    /// Whether something of this size goes into the batch, which then counts as done. The first
+    /// always does. Once something does not, nothing does, lest it be overtaken.
+    fn fits(&mut self, bytes: usize) -> bool {
+        self.full |= self.taken > 0 && self.taken.saturating_add(bytes) > BATCH_BYTES;
+        if !self.full {
+            self.taken += bytes;
+        }
+        !self.full
     }
 }
 
@@ -191,14 +235,14 @@ impl Stream for Outgoing {
     type Item = RaftMessages;
 
     fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<RaftMessages>> {
-        let mut room = BATCH_BYTES;
+        let mut room = Room { taken: 0, full: false };
         let batch = {
             let waiting = &mut *self.queue.waiting.lock();
             if waiting.connection != self.connection {
                 return Poll::Ready(None);
             }
             let all = waiting.urgent.messages.len() + waiting.bulk.messages.len();
-            if all == 0 && waiting.probe == 0 {
+            if all == 0 && waiting.proposals.is_empty() && waiting.probe == 0 {
                 if waiting.closed {
                     return Poll::Ready(None);
                 }
@@ -206,13 +250,15 @@ impl Stream for Outgoing {
                 return Poll::Pending;
             }
             let mut messages = Vec::with_capacity(all);
-            if waiting.urgent.take(&mut messages, &mut room) {
-                waiting.bulk.take(&mut messages, &mut room);
+            waiting.urgent.take(&mut messages, &mut room);
+            waiting.bulk.take(&mut messages, &mut room);
+            let mut proposals = Vec::new();
+            while waiting.proposals.front().is_some_and(|next| room.fits(next.command.len())) {
+                proposals.extend(waiting.proposals.pop_front());
             }
-            RaftMessages { messages, probe: std::mem::take(&mut waiting.probe) }
+            RaftMessages { messages, proposals, probe: std::mem::take(&mut waiting.probe) }
         };
-        let bytes: usize = batch.messages.iter().map(Bytes::len).sum();
-        self.metrics.sent_bytes.inc_by(u64::try_from(bytes).unwrap_or(u64::MAX));
+        self.metrics.sent_bytes.inc_by(u64::try_from(room.taken).unwrap_or(u64::MAX));
         Poll::Ready(Some(batch))
     }
 }
@@ -239,11 +285,14 @@ mod tests {
         assert!(queue.push("entry 1".into(), Lane::Bulk));
         assert!(queue.push("heartbeat".into(), Lane::Urgent));
         assert!(queue.push("entry 2".into(), Lane::Bulk));
+        let proposal = Proposal { command: "command".into(), sequence: 1, term: 2 };
+        queue.propose(proposal.clone());
         queue.probe(9);
         let sent = outgoing.next().await.unwrap();
         assert_eq!(sent.messages, ["heartbeat", "entry 1", "entry 2"]);
+        assert_eq!(sent.proposals, [proposal]);
         assert_eq!(sent.probe, 9);
-        assert_eq!(outgoing.metrics.sent_bytes.get(), 9 + 7 + 7);
+        assert_eq!(outgoing.metrics.sent_bytes.get(), 9 + 7 + 7 + 7);
         queue.close();
         assert_eq!(outgoing.next().await, None);
     }
@@ -255,12 +304,25 @@ mod tests {
         for length in [BATCH_BYTES / 2, BATCH_BYTES / 2, 1, 3 * BATCH_BYTES, 1] {
             assert!(queue.push(bytes(length), Lane::Bulk));
         }
-        let mut sizes = Vec::new();
-        for _ in 0..4 {
-            let sent = outgoing.next().await.unwrap().messages;
-            sizes.push(sent.iter().map(Bytes::len).sum::<usize>());
+        for length in [BATCH_BYTES - 1, 1, 2 * BATCH_BYTES, 1] {
+            queue.propose(Proposal { command: bytes(length), ..Proposal::default() });
         }
-        assert_eq!(sizes, [BATCH_BYTES, 1, 3 * BATCH_BYTES, 1]);
+        let mut sizes = Vec::new();
+        for _ in 0..7 {
+            let sent = outgoing.next().await.unwrap();
+            let messages = sent.messages.iter().map(Bytes::len).sum::<usize>();
+            sizes.push((messages, sent.proposals.iter().map(|p| p.command.len()).sum::<usize>()));
+        }
+        let expected = [
+            (BATCH_BYTES, 0),
+            (1, 0),
+            (3 * BATCH_BYTES, 0),
+            (1, BATCH_BYTES - 1),
+            (0, 1),
+            (0, 2 * BATCH_BYTES),
+            (0, 1),
+        ];
+        assert_eq!(sizes, expected);
     }
 
     #[test]
@@ -272,11 +334,25 @@ mod tests {
         }
         assert!(!queue.push("one more".into(), Lane::Bulk), "bytes");
         assert!(queue.push("heartbeat".into(), Lane::Urgent));
-        assert_eq!(queue.disconnect(), 5);
+        let proposal = Proposal { sequence: 3, ..Proposal::default() };
+        queue.propose(proposal.clone());
+        let Dropped { messages, proposals } = queue.disconnect();
+        assert_eq!((messages, proposals.into()), (5, vec![proposal]));
         for _ in 0..BULK_QUEUE_MESSAGES {
             assert!(queue.push(Bytes::new(), Lane::Bulk));
         }
         assert!(!queue.push(Bytes::new(), Lane::Bulk), "messages");
+    }
+
+    #[test]
+    fn commands_of_earlier_terms_go_when_there_is_a_later_one() {
+        let queue = Queue::new();
+        let proposal = |sequence, term| Proposal { command: "".into(), sequence, term };
+        for sequence in 1..=2 {
+            assert_eq!(queue.propose(proposal(sequence, 4)), []);
+        }
+        assert_eq!(queue.propose(proposal(3, 5)), [proposal(1, 4), proposal(2, 4)]);
+        assert_eq!(queue.disconnect().proposals, [proposal(3, 5)]);
     }
 
     #[tokio::test]

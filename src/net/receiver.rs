@@ -3,6 +3,7 @@
 use std::pin::Pin;
 
 use bytes::Bytes;
+use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
@@ -14,12 +15,15 @@ use crate::pb::etcdserverpb::{
     LeaseTimeToLiveRequest, LeaseTimeToLiveResponse, MemberPromoteRequest, MemberPromoteResponse,
 };
 use crate::pb::kvorumpb::{
-    MembersResponse, ProposeRequest, ProposeResponse, RollingHashesRequest, RollingHashesResponse,
-    SnapshotChunk, SnapshotProgress,
+    MembersResponse, Proposal, Refusal, RollingHashesRequest, RollingHashesResponse, SnapshotChunk,
+    SnapshotProgress,
 };
 
 /// How a snapshot is coming along, told while it arrives.
 pub type SnapshotReplies = Pin<Box<dyn Stream<Item = Result<SnapshotProgress, Status>> + Send>>;
+
+/// Where refusals of commands go. As many as the caller has commands under way, which it bounds.
+pub type Refusals = mpsc::UnboundedSender<Refusal>;
 
 /// A member, as others see it. When a method is called, the caller has been found to
 /// belong to this cluster, not to have been removed, and to mean this member;
@@ -34,13 +38,14 @@ pub trait Receiver: Send + Sync + 'static {
     /// Takes raft messages of the member `from`, in the order in which they were sent. Never
     /// waits.
     fn messages(&self, from: u64, messages: Vec<Bytes>);
+    /// Has commands appended to the log, each if this member leads in the term that it is for.
+    /// Never waits; `refusals` is told which are not, then or later.
+    fn propose(&self, proposals: Vec<Proposal>, refusals: &Refusals);
     /// Takes a snapshot of the member `from`. Dropping what is returned means that the
     /// caller has gone away.
     fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies;
     /// This member's state as an image, for the member `from`, if it goes at least up to an entry.
     async fn pull_image(&self, from: u64, at_least: u64) -> Result<ImageChunks, Status>;
-    /// Appends commands to the log, if this member leads in the term they are for.
-    async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error>;
     /// Keeps a lease alive, if this member leads.
     async fn lease_keep_alive(
         &self,

@@ -61,22 +61,6 @@ pub fn answered<T>(answer: Result<Response<T>, Status>) -> Result<T, Option<Erro
     answer.map(Response::into_inner).map_err(|status| error(&status))
 }
 
-/// Whether a call certainly led to nothing: there was no connection, or it was answered by an
-/// error before anything was done.
-pub fn never_arrived(status: &Status) -> bool {
-    if error(status).is_some() || is_removed(status) {
-        return true;
-    }
-    let mut cause = std::error::Error::source(status);
-    while let Some(error) = cause {
-        if error.is::<tonic::ConnectError>() {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
-}
-
 /// The refusal of a member that was removed.
 pub fn removed() -> Status {
     let mut metadata = MetadataMap::new();

@@ -163,75 +163,25 @@ pub struct CheckpointHead {
     pub rolling_hash: u64,
 }
 /// Some of raft's messages, each in raft's own encoding.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RaftMessages {
     #[prost(bytes = "bytes", repeated, tag = "1")]
     pub messages: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
     /// Unless zero, the receiver sends it back: that is how the round trip is measured.
     #[prost(uint64, tag = "2")]
     pub probe: u64,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct RaftMessagesReply {
-    #[prost(uint64, tag = "1")]
-    pub probe: u64,
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SnapshotChunk {
-    #[prost(oneof = "snapshot_chunk::Part", tags = "1, 2, 3")]
-    pub part: ::core::option::Option<snapshot_chunk::Part>,
-}
-/// Nested message and enum types in `SnapshotChunk`.
-pub mod snapshot_chunk {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
-    pub enum Part {
-        /// First of all.
-        #[prost(message, tag = "1")]
-        Begin(super::SnapshotBegin),
-        /// Bytes of the image, going on where the receiver said.
-        #[prost(bytes, tag = "2")]
-        Data(::prost::bytes::Bytes),
-        /// Last of all: the image's length.
-        #[prost(uint64, tag = "3")]
-        End(u64),
-    }
-}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SnapshotBegin {
-    /// Which snapshot: attempts with the same id are of the same bytes.
-    #[prost(fixed64, tag = "1")]
-    pub id: u64,
-    /// Up to which entry.
-    #[prost(uint64, tag = "2")]
-    pub index: u64,
-    #[prost(uint64, tag = "3")]
-    pub term: u64,
-    /// Raft's message, to be stepped once the image is there; empty if the image was asked for.
-    #[prost(bytes = "bytes", tag = "4")]
-    pub message: ::prost::bytes::Bytes,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct SnapshotProgress {
-    /// Bytes of the image that need not be sent (again).
-    #[prost(uint64, tag = "1")]
-    pub received: u64,
-    /// The image is complete and raft has been told.
-    #[prost(bool, tag = "2")]
-    pub done: bool,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct PullImageRequest {
-    /// The caller's log goes on behind this entry: an image that ends before is of no use to it.
-    #[prost(uint64, tag = "1")]
-    pub at_least: u64,
+    /// To be appended to the log by the receiver, if it leads.
+    #[prost(message, repeated, tag = "3")]
+    pub proposals: ::prost::alloc::vec::Vec<Proposal>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
-pub struct ProposeRequest {
-    /// The term in which the receiver leads. In any other it refuses.
+pub struct RaftMessagesReply {
+    /// Unless zero, the probe that came in.
     #[prost(uint64, tag = "1")]
-    pub term: u64,
+    pub probe: u64,
+    /// Commands that are not named are in the leader's log, or lost; so they may come to be committed.
     #[prost(message, repeated, tag = "2")]
-    pub proposals: ::prost::alloc::vec::Vec<Proposal>,
+    pub refusals: ::prost::alloc::vec::Vec<Refusal>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Proposal {
@@ -241,12 +191,9 @@ pub struct Proposal {
     /// Its header's sequence, by which a refusal names it.
     #[prost(uint64, tag = "2")]
     pub sequence: u64,
-}
-/// Commands that are not named here are in the leader's log, and may come to be committed.
-#[derive(Clone, PartialEq, ::prost::Message)]
-pub struct ProposeResponse {
-    #[prost(message, repeated, tag = "1")]
-    pub refusals: ::prost::alloc::vec::Vec<Refusal>,
+    /// The term in which the receiver leads. In any other it refuses.
+    #[prost(uint64, tag = "3")]
+    pub term: u64,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Refusal {
@@ -299,6 +246,55 @@ pub mod refusal {
             }
         }
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotChunk {
+    #[prost(oneof = "snapshot_chunk::Part", tags = "1, 2, 3")]
+    pub part: ::core::option::Option<snapshot_chunk::Part>,
+}
+/// Nested message and enum types in `SnapshotChunk`.
+pub mod snapshot_chunk {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Part {
+        /// First of all.
+        #[prost(message, tag = "1")]
+        Begin(super::SnapshotBegin),
+        /// Bytes of the image, going on where the receiver said.
+        #[prost(bytes, tag = "2")]
+        Data(::prost::bytes::Bytes),
+        /// Last of all: the image's length.
+        #[prost(uint64, tag = "3")]
+        End(u64),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotBegin {
+    /// Which snapshot: attempts with the same id are of the same bytes.
+    #[prost(fixed64, tag = "1")]
+    pub id: u64,
+    /// Up to which entry.
+    #[prost(uint64, tag = "2")]
+    pub index: u64,
+    #[prost(uint64, tag = "3")]
+    pub term: u64,
+    /// Raft's message, to be stepped once the image is there; empty if the image was asked for.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub message: ::prost::bytes::Bytes,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotProgress {
+    /// Bytes of the image that need not be sent (again).
+    #[prost(uint64, tag = "1")]
+    pub received: u64,
+    /// The image is complete and raft has been told.
+    #[prost(bool, tag = "2")]
+    pub done: bool,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PullImageRequest {
+    /// The caller's log goes on behind this entry: an image that ends before is of no use to it.
+    #[prost(uint64, tag = "1")]
+    pub at_least: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RollingHashesRequest {
@@ -423,8 +419,9 @@ pub mod peer_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// Raft's messages, for as long as the connection lives. That the answer begins says that
-        /// the receiver takes them; after that it has nothing but answers to probes.
+        /// Raft's messages, and commands for the leader, for as long as the connection lives. That the
+        /// answer begins says that the receiver takes them; after that it has nothing but refusals of
+        /// commands, and answers to probes.
         pub async fn messages(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::RaftMessages>,
@@ -490,28 +487,6 @@ pub mod peer_client {
             let mut req = request.into_request();
             req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "PullImage"));
             self.inner.server_streaming(req, path, codec).await
-        }
-        /// Commands that the leader shall append to its log.
-        pub async fn propose(
-            &mut self,
-            request: impl tonic::IntoRequest<super::ProposeRequest>,
-        ) -> std::result::Result<
-            tonic::Response<super::ProposeResponse>,
-            tonic::Status,
-        > {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static("/kvorumpb.Peer/Propose");
-            let mut req = request.into_request();
-            req.extensions_mut().insert(GrpcMethod::new("kvorumpb.Peer", "Propose"));
-            self.inner.unary(req, path, codec).await
         }
         /// Answered by the leader alone.
         pub async fn lease_keep_alive(
@@ -682,8 +657,9 @@ pub mod peer_server {
             >
             + std::marker::Send
             + 'static;
-        /// Raft's messages, for as long as the connection lives. That the answer begins says that
-        /// the receiver takes them; after that it has nothing but answers to probes.
+        /// Raft's messages, and commands for the leader, for as long as the connection lives. That the
+        /// answer begins says that the receiver takes them; after that it has nothing but refusals of
+        /// commands, and answers to probes.
         async fn messages(
             &self,
             request: tonic::Request<tonic::Streaming<super::RaftMessages>>,
@@ -711,11 +687,6 @@ pub mod peer_server {
             &self,
             request: tonic::Request<super::PullImageRequest>,
         ) -> std::result::Result<tonic::Response<Self::PullImageStream>, tonic::Status>;
-        /// Commands that the leader shall append to its log.
-        async fn propose(
-            &self,
-            request: tonic::Request<super::ProposeRequest>,
-        ) -> std::result::Result<tonic::Response<super::ProposeResponse>, tonic::Status>;
         /// Answered by the leader alone.
         async fn lease_keep_alive(
             &self,
@@ -970,49 +941,6 @@ pub mod peer_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.server_streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/kvorumpb.Peer/Propose" => {
-                    #[allow(non_camel_case_types)]
-                    struct ProposeSvc<T: Peer>(pub Arc<T>);
-                    impl<T: Peer> tonic::server::UnaryService<super::ProposeRequest>
-                    for ProposeSvc<T> {
-                        type Response = super::ProposeResponse;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::ProposeRequest>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Peer>::propose(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = ProposeSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -36,12 +36,14 @@ use self::reads::Reads;
 use super::apply_thread::ApplyTask;
 use super::checkpoint_thread::{CheckpointTask, Install};
 use super::fault::Fault;
+use super::forwarder::refusal;
 use super::log_thread::LogTask;
 use super::published::Published;
 use super::waiters::Waiters;
 use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
+use crate::net::Refusals;
 use crate::net::snapshot::Arrived;
 use crate::raft::{
     self, Change, Configuration, Effects, Kind, Malformed, Node, Outgoing, RaftError, Refused, Role,
@@ -74,14 +76,14 @@ pub enum RaftInput {
         /// In which term.
         term: u64,
     },
-    /// Append these commands of another member, if this one leads in `term`.
+    /// Append this command of another member, if this one leads in `term`.
     Forwarded {
-        /// The commands.
-        proposals: Vec<Proposal>,
+        /// The command.
+        proposal: Proposal,
         /// In which term.
         term: u64,
-        /// Told which were not taken.
-        refusals: oneshot::Sender<Vec<(u64, Refused)>>,
+        /// Told if it was not taken.
+        refusals: Refusals,
     },
     /// What another member says.
     Message(Bytes),
@@ -376,16 +378,12 @@ impl RaftThread {
                     self.parts.waiters.refuse(sequence, refused);
                 }
             }
-            RaftInput::Forwarded { proposals, term, refusals } => {
-                let mut refused = Vec::new();
-                for proposal in proposals {
-                    let sequence = proposal.sequence;
-                    if let Err(why) = self.propose(proposal, term) {
-                        refused.push((sequence, why));
-                    }
+            RaftInput::Forwarded { proposal, term, refusals } => {
+                let sequence = proposal.sequence;
+                if let Err(refused) = self.propose(proposal, term) {
+                    // Who asked may have gone.
+                    let _ = refusals.send(refusal(sequence, refused));
                 }
-                // Who asked may have gone.
-                let _ = refusals.send(refused);
             }
             RaftInput::Message(bytes) => self.step(&bytes)?,
             RaftInput::Snapshot(arrived) => self.receive_snapshot(arrived, now)?,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use prost::Message as _;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::Semaphore;
 use tokio_stream::Stream;
 use tonic::{Status, Streaming};
 
@@ -18,14 +18,14 @@ use crate::metrics::PeerMetrics;
 use crate::net::identity::Identity;
 use crate::net::pull::{self, ImageChunks};
 use crate::net::snapshot::{Image as _, Incoming};
-use crate::net::{Receiver, SnapshotReplies};
+use crate::net::{Receiver, Refusals, SnapshotReplies};
 use crate::pb::etcdserverpb::*;
 use crate::pb::kvorumpb::{
-    Command, MembersResponse, ProposeRequest, ProposeResponse, Refusal, RollingHash,
-    RollingHashesRequest, RollingHashesResponse, SnapshotChunk, SnapshotProgress,
+    self, Command, MembersResponse, RollingHash, RollingHashesRequest, RollingHashesResponse,
+    SnapshotChunk, SnapshotProgress,
 };
 use crate::raft::Refused;
-use crate::runtime::forwarder::told;
+use crate::runtime::forwarder::refusal;
 use crate::runtime::image::Images;
 use crate::runtime::proposer::change_of;
 use crate::runtime::raft_thread::{Proposal, RaftInput};
@@ -79,6 +79,24 @@ impl Receiver for PeerFace {
         }
     }
 
+    fn propose(&self, proposals: Vec<kvorumpb::Proposal>, refusals: &Refusals) {
+        for proposal in proposals {
+            let kvorumpb::Proposal { command, sequence, term } = proposal;
+            // One that is no command would stop every member that applies it; and what it
+            // changes is what it says, not what is said of it. A member that stops takes none.
+            let input = Command::decode(command.clone()).ok().map(|decoded| {
+                let change = decoded.request.as_ref().and_then(change_of);
+                let proposal = Proposal { command, change, sequence };
+                RaftInput::Forwarded { proposal, term, refusals: refusals.clone() }
+            });
+            let is_taken = input.is_some_and(|input| self.raft.send(input).is_ok());
+            if !is_taken {
+                // Who asked may have gone.
+                let _ = refusals.send(refusal(sequence, Refused::NotLeader));
+            }
+        }
+    }
+
     fn snapshot(&self, from: u64, chunks: Streaming<SnapshotChunk>) -> SnapshotReplies {
         let replies = Box::pin(self.snapshots.receive(chunks));
         let metrics = self.engine.metrics().peer(self.engine.member_id(), from);
@@ -125,28 +143,6 @@ impl Receiver for PeerFace {
             "sending a snapshot that was asked for"
         );
         Ok(pull::offer(source, self.bytes_per_sec, permit))
-    }
-
-    async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {
-        let mut refusals = Vec::new();
-        let mut proposals = Vec::with_capacity(request.proposals.len());
-        for proposal in request.proposals {
-            let sequence = proposal.sequence;
-            // One that is no command would stop every member that applies it; and what it
-            // changes is what it says, not what is said of it.
-            let Ok(command) = Command::decode(proposal.command.clone()) else {
-                refusals.push(refused(sequence, Refused::NotLeader));
-                continue;
-            };
-            let change = command.request.as_ref().and_then(change_of);
-            proposals.push(Proposal { command: proposal.command, change, sequence });
-        }
-        let (sender, answer) = oneshot::channel();
-        let input = RaftInput::Forwarded { proposals, term: request.term, refusals: sender };
-        self.raft.send(input).map_err(|_| Error::Stopped)?;
-        let not_taken = answer.await.map_err(|_| Error::Stopped)?;
-        refusals.extend(not_taken.into_iter().map(|(sequence, why)| refused(sequence, why)));
-        Ok(ProposeResponse { refusals })
     }
 
     async fn lease_keep_alive(
@@ -221,8 +217,4 @@ impl Drop for Counted {
             self.metrics.snapshot_receive_failures.inc();
         }
     }
-}
-
-fn refused(sequence: u64, why: Refused) -> Refusal {
-    Refusal { sequence, reason: told(why).into() }
 }

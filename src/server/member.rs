@@ -25,7 +25,7 @@ use crate::error::Error;
 use crate::log::{Identity, Mark};
 use crate::metrics::Metrics;
 use crate::net::snapshot::Incoming;
-use crate::net::{Connector, PeerEvent, Peers};
+use crate::net::{Connector, Events, PeerEvent, Peers};
 use crate::pb::etcdserverpb::ResponseHeader;
 use crate::raft::{Node, Start};
 use crate::runtime::apply_thread::{ApplyThread, CompactionPace};
@@ -33,7 +33,7 @@ use crate::runtime::auto_compact::{AutoCompactor, Retention};
 use crate::runtime::checkpoint_thread::{CheckpointThread, Checkpointer, Removed};
 use crate::runtime::fault::{Fatal, Fault};
 use crate::runtime::force;
-use crate::runtime::forwarder::forwarder;
+use crate::runtime::forwarder::{self, PeerForwarder};
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
@@ -114,7 +114,12 @@ impl Member {
         let (log_sender, log_tasks) = mpsc::channel();
         let (apply_sender, apply_tasks) = mpsc::channel();
         let (checkpoint_sender, checkpoint_tasks) = mpsc::channel();
-        let peers = peers(identity, connector, &raft_sender, &fault, &metrics, place.member_dir());
+        let peers = {
+            let (raft, waiters, fault) = (raft_sender.clone(), Arc::clone(&waiters), fault.clone());
+            let events = peer_events(raft, waiters, fault, place.member_dir());
+            let Identity { cluster_id, member_id } = identity;
+            Peers::new(cluster_id, member_id, connector, events, Arc::clone(&metrics))
+        };
         let roster = Roster {
             state: Arc::clone(&state),
             published: Arc::clone(&published),
@@ -145,12 +150,11 @@ impl Member {
         let hashes = Arc::new(CompactionHashes::default());
         let (hash_queue, hash_work) = hashes::hasher(Arc::clone(&state), Arc::clone(&hashes));
 
-        let (forwarder, forwarding) = forwarder(peers.clone(), Arc::clone(&waiters));
         let proposer = Arc::new(Proposer::new(
             raft_sender.clone(),
             Arc::clone(&waiters),
             Arc::clone(&published),
-            Arc::new(forwarder),
+            Arc::new(PeerForwarder::new(peers.clone(), Arc::clone(&waiters))),
             Arc::clone(&metrics),
             limits.max_request_bytes,
             limits.election_timeout,
@@ -310,7 +314,7 @@ impl Member {
         };
         let mut tasks =
             vec![tokio::spawn(hub.run()), tokio::spawn(duty.run()), tokio::spawn(hash_work)];
-        tasks.extend([tokio::spawn(forwarding.run()), tokio::spawn(roster.follow())]);
+        tasks.push(tokio::spawn(roster.follow()));
         tasks.push(tokio::spawn(engine.clone().compare_states()));
         if !config.corrupt_check_time.is_zero() {
             let check = engine.clone().check_periodically(config.corrupt_check_time);
@@ -379,20 +383,21 @@ impl Member {
     }
 }
 
-/// The connections to other members; what happens to them is told to raft.
-fn peers(
-    identity: Identity,
-    connector: Connector,
-    raft: &mpsc::Sender<RaftInput>,
-    fault: &Fault,
-    metrics: &Arc<Metrics>,
+/// What happens to the connections to other members is told to raft, and what happens to commands
+/// to who waits for them.
+fn peer_events(
+    raft: mpsc::Sender<RaftInput>,
+    waiters: Arc<Waiters>,
+    fault: Fault,
     member_dir: Option<PathBuf>,
-) -> Peers {
-    let (raft, fault) = (raft.clone(), fault.clone());
-    let events = move |event| {
+) -> Events {
+    Arc::new(move |event| {
         let (id, is_broken) = match event {
             PeerEvent::Broken(id) => (id, true),
             PeerEvent::Unreachable(id) => (id, false),
+            PeerEvent::Refused { sequence, reason } => {
+                return waiters.refuse(sequence, forwarder::reason(reason));
+            }
             PeerEvent::Removed => {
                 // Short, and this member's last act.
                 member_dir.iter().for_each(|dir| force::note_removal(dir));
@@ -401,9 +406,7 @@ fn peers(
         };
         // A member that stops has no use for it.
         let _ = raft.send(RaftInput::Unreachable { id, is_broken });
-    };
-    let Identity { cluster_id, member_id } = identity;
-    Peers::new(cluster_id, member_id, connector, Arc::new(events), Arc::clone(metrics))
+    })
 }
 
 /// Where snapshots of other members arrive, which then go to raft.

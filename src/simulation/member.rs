@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::sync::oneshot;
 use tokio::task::unconstrained;
 
@@ -28,8 +29,8 @@ use crate::log::Mark;
 use crate::metrics::Metrics;
 use crate::net::snapshot::{Arrived, Image as _};
 use crate::pb::etcdserverpb::ResponseHeader;
-use crate::pb::kvorumpb::SnapshotBegin;
-use crate::raft::{Configuration, Node, Outgoing, Refused, Role};
+use crate::pb::kvorumpb::{Refusal, SnapshotBegin};
+use crate::raft::{Configuration, Node, Outgoing, Role};
 use crate::runtime::apply_thread::{self, ApplyTask, ApplyThread, CompactionPace};
 use crate::runtime::boot_clock::BootClock;
 use crate::runtime::checkpoint_thread::{
@@ -86,8 +87,8 @@ pub(super) struct Forward {
 /// Something that waits. tokio would poll what a change wakes in a random order.
 type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// Commands of another member that were not taken.
-type Refusals = oneshot::Receiver<Vec<(u64, Refused)>>;
+/// Where it is told that a command of another member was not taken.
+type Refusals = UnboundedReceiver<Refusal>;
 
 /// See the module documentation.
 pub(super) struct Life {

@@ -14,6 +14,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use prost::Message as _;
+use tokio::sync::mpsc::error::TryRecvError;
 
 use super::disk::Disk;
 use super::judge::{Asked, Cursor, Ended, Judge, Op};
@@ -30,11 +31,12 @@ use crate::pb::etcdserverpb::{
     PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest, WatchProgressRequest,
     WatchRequest, request_op,
 };
-use crate::pb::kvorumpb::SnapshotBegin;
 use crate::pb::kvorumpb::command::Request;
+use crate::pb::kvorumpb::{Refusal, SnapshotBegin};
 use crate::pb::mvccpb::KeyValue;
-use crate::raft::{Kind, Refused};
+use crate::raft::Kind;
 use crate::runtime::apply_thread::ApplyTask;
+use crate::runtime::forwarder;
 use crate::runtime::raft_thread::{Proposal, RaftInput};
 use crate::runtime::records;
 use crate::runtime::recover::{self, Bootstrap};
@@ -142,10 +144,10 @@ enum Packet {
         term: u64,
         proposal: Proposal,
     },
-    Refusals {
+    Refusal {
         to: usize,
         boot: u64,
-        refused: Vec<(u64, Refused)>,
+        refusal: Refusal,
     },
     Image {
         from: usize,
@@ -174,7 +176,7 @@ impl Packet {
         match self {
             Packet::Raft { from, to, .. } | Packet::Forward { from, to, .. } => Some((*from, *to)),
             // Calls fail by themselves.
-            Packet::Refusals { .. }
+            Packet::Refusal { .. }
             | Packet::Image { .. }
             | Packet::ImageSent { .. }
             | Packet::Removed { .. } => None,
@@ -460,7 +462,7 @@ impl World {
             Event::Packet(
                 Packet::Raft { to, .. }
                 | Packet::Forward { to, .. }
-                | Packet::Refusals { to, .. }
+                | Packet::Refusal { to, .. }
                 | Packet::Image { to, .. }
                 | Packet::ImageSent { to, .. }
                 | Packet::Removed { to, .. },
@@ -706,14 +708,11 @@ impl World {
         let forwards = mem::take(&mut *life.forwards.lock());
         let mut refusals = Vec::new();
         life.refusals.retain_mut(|(from, boot, receiver)| match receiver.try_recv() {
-            Ok(refused) => {
-                if !refused.is_empty() {
-                    refusals.push((*from, *boot, refused));
-                }
+            Ok(refusal) => {
+                refusals.push((*from, *boot, refusal));
                 false
             }
-            Err(tokio::sync::oneshot::error::TryRecvError::Empty) => true,
-            Err(_) => false,
+            Err(error) => error == TryRecvError::Empty,
         });
         let slowness = machine.slowness;
         if raft {
@@ -756,9 +755,9 @@ impl World {
                 self.schedule(MS, Event::Packet(Packet::ImageSent { to, boot, id, is_in_force }));
             }
         }
-        for (from, boot, refused) in refusals {
+        for (from, boot, refusal) in refusals {
             if let Some(to) = self.member_of(from) {
-                self.send(Packet::Refusals { to, boot, refused });
+                self.send(Packet::Refusal { to, boot, refusal });
             }
         }
         Ok(())
@@ -864,9 +863,8 @@ impl World {
                 }
                 let from = self.machines[from].id;
                 if let Some(life) = &mut self.machines[to].life {
-                    let (refusals, receiver) = tokio::sync::oneshot::channel();
-                    let proposals = vec![proposal];
-                    let input = RaftInput::Forwarded { proposals, term, refusals };
+                    let (refusals, receiver) = tokio::sync::mpsc::unbounded_channel();
+                    let input = RaftInput::Forwarded { proposal, term, refusals };
                     let _ = life.to_raft.send(input);
                     life.refusals.push((from, boot, receiver));
                     self.turn_later(to, Turn::Raft, 0);
@@ -897,11 +895,9 @@ impl World {
                     self.turn_later(to, Turn::Raft, 0);
                 }
             }
-            Packet::Refusals { to, boot, refused } => {
+            Packet::Refusal { to, boot, refusal } => {
                 if let Some(life) = self.machines[to].life.as_ref().filter(|l| l.boot == boot) {
-                    for (sequence, why) in refused {
-                        life.waiters.refuse(sequence, why);
-                    }
+                    life.waiters.refuse(refusal.sequence, forwarder::reason(refusal.reason()));
                     self.turn_later(to, Turn::Tasks, 0);
                 }
             }

@@ -17,6 +17,7 @@ use super::*;
 use crate::net::identity::Identity;
 use crate::net::{BULK_QUEUE_BYTES, Connector, Lane, PeerAddress, PeerEvent, Peers};
 use crate::pb::kvorumpb::peer_client::PeerClient;
+use crate::pb::kvorumpb::refusal::Reason;
 use crate::pb::kvorumpb::{MemberRecord, RollingHash, SnapshotProgress, snapshot_chunk};
 
 /// Longer than anything here takes on a busy machine.
@@ -66,19 +67,31 @@ impl Receiver for Fake {
         Ok(Box::pin(tokio_stream::once(Ok(chunk))))
     }
 
-    async fn propose(&self, request: ProposeRequest) -> Result<ProposeResponse, Error> {
-        assert_eq!(request.term, 7);
-        match self.answer.lock().clone() {
-            Some(error) => Err(error),
-            None => Ok(ProposeResponse::default()),
+    /// Refuses commands without content, after a while.
+    fn propose(&self, proposals: Vec<Proposal>, refusals: &Refusals) {
+        let (refused, taken): (Vec<Proposal>, Vec<Proposal>) =
+            proposals.into_iter().partition(|proposal| proposal.command.is_empty());
+        for Proposal { sequence, term, command } in taken {
+            assert_eq!(term, 7);
+            let _ = self.received.send((sequence, command));
         }
+        let refusals = refusals.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            for Proposal { sequence, .. } in refused {
+                let _ = refusals.send(Refusal { sequence, reason: Reason::Busy.into() });
+            }
+        });
     }
 
     async fn lease_keep_alive(
         &self,
         request: LeaseKeepAliveRequest,
     ) -> Result<LeaseKeepAliveResponse, Error> {
-        Ok(LeaseKeepAliveResponse { id: request.id, ..Default::default() })
+        match self.answer.lock().clone() {
+            Some(error) => Err(error),
+            None => Ok(LeaseKeepAliveResponse { id: request.id, ..Default::default() }),
+        }
     }
 
     async fn lease_time_to_live(
@@ -264,6 +277,54 @@ async fn messages_arrive_whole_and_in_order() {
     thread.join().unwrap();
     assert_eq!(sender.metrics.peer(B, A).sent_bytes.get(), bytes);
     assert_eq!(server.metrics.peer(A, B).received_bytes.get(), bytes);
+}
+
+/// More than one reply holds, each told once.
+#[tokio::test]
+async fn commands_arrive_and_refusals_come_back() {
+    let refused = REFUSALS_MAX as u64 + 1;
+    let mut server = Server::start();
+    let mut sender = Sender::to(&server.url);
+    let proposal =
+        |sequence, text: &'static str| Proposal { command: text.into(), sequence, term: 7 };
+    assert!(!sender.peers.propose(0xd, proposal(1, "")), "an unknown member");
+    for sequence in 0..refused {
+        assert!(sender.peers.propose(A, proposal(sequence, "")));
+    }
+    assert!(sender.peers.propose(A, proposal(refused, "command")));
+    assert_eq!(server.next().await, (refused, "command".into()));
+    let mut told = BTreeSet::new();
+    for _ in 0..refused {
+        let PeerEvent::Refused { sequence, reason: Reason::Busy } = sender.event().await else {
+            panic!("it is refused");
+        };
+        told.insert(sequence);
+    }
+    assert!(told.into_iter().eq(0..refused));
+    assert_eq!(sender.metrics.peer(B, A).sent_bytes.get(), 7);
+    assert_eq!(server.metrics.peer(A, B).received_bytes.get(), 7);
+    // Nor are those lost that are decided when the sender has ended.
+    assert!(sender.peers.propose(A, proposal(refused, "")));
+    sender.peers.close();
+    assert_eq!(
+        sender.event().await,
+        PeerEvent::Refused { sequence: refused, reason: Reason::Busy }
+    );
+}
+
+/// When a connection cannot be made, and when a member is given up that nobody could reach.
+#[tokio::test]
+async fn commands_that_never_left_are_told() {
+    for urls in [&["http://127.0.0.1:1"][..], &[]] {
+        let mut sender = Sender::with(CLUSTER, connector(None), urls);
+        let proposal = Proposal { command: "one".into(), sequence: 3, term: 7 };
+        assert!(sender.peers.propose(A, proposal));
+        if urls.is_empty() {
+            sender.peers.close();
+        }
+        let refused = PeerEvent::Refused { sequence: 3, reason: Reason::NotLeader };
+        while sender.event().await != refused {}
+    }
 }
 
 #[tokio::test]
@@ -525,7 +586,7 @@ async fn anybody_is_told_the_members_and_nothing_else() {
     let mut client = PeerClient::new(channel);
     let members = client.members(MembersRequest::default()).await.unwrap().into_inner();
     assert_eq!((members.cluster_id, members.members.len()), (CLUSTER, 2));
-    let status = client.propose(ProposeRequest::default()).await.unwrap_err();
+    let status = client.hash_kv(HashKvRequest::default()).await.unwrap_err();
     assert_eq!(status.code(), Code::InvalidArgument);
     assert!(status.message().contains("--listen-client-urls"));
 }
@@ -535,11 +596,11 @@ async fn errors_come_back_as_what_they_were() {
     let server = Server::start();
     let sender = Sender::to(&server.url);
     let mut client = sender.peers.client(A).unwrap();
-    let request = || ProposeRequest { term: 7, ..Default::default() };
-    client.propose(request()).await.unwrap();
+    let request = || LeaseKeepAliveRequest { id: 7 };
+    client.lease_keep_alive(request()).await.unwrap();
     for error in [Error::NotLeader, Error::TooManyRequests, Error::Timeout, Error::Stopped] {
         *server.fake.answer.lock() = Some(error.clone());
-        let status = client.propose(request()).await.unwrap_err();
+        let status = client.lease_keep_alive(request()).await.unwrap_err();
         assert_eq!(refusal::error(&status), Some(error));
     }
     let status = client.lease_time_to_live(LeaseTimeToLiveRequest::default()).await.unwrap_err();
@@ -550,7 +611,7 @@ async fn errors_come_back_as_what_they_were() {
     assert_eq!(hash.hash_revision, 3);
     // Nobody there: that is no answer.
     server.stop().await;
-    let status = client.propose(request()).await.unwrap_err();
+    let status = client.lease_keep_alive(request()).await.unwrap_err();
     assert_eq!(refusal::error(&status), None, "{status}");
 }
 
