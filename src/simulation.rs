@@ -42,11 +42,15 @@ use crate::mvcc::watch::PROGRESS_AT_ONCE;
 use crate::runtime::leases::EXPIRES_UNASKED;
 use crate::runtime::raft_thread::reads::REUSES_CONTEXTS;
 use crate::runtime::records::HEAD_APART;
+use crate::runtime::space::{FLOOR_BYTES, REWRITE_FLOOR_BYTES};
 use crate::state::TRUSTS_STALE_LEADERS;
 use crate::storage::{APPENDS_TO_LEFTOVERS, COUNTS_LEFTOVERS};
 
 /// Without `KVORUM_SIM_SEEDS`.
 const SEEDS: Range<u64> = 0..120;
+
+/// In every other seed, a checkpoint of more than this is written anew when it is due: some records.
+const SMALL_FLOOR_BYTES: u64 = 1 << 10;
 
 /// Seeds that found something once. They need not find it again: a change of anything that
 /// draws a random number makes them other stories.
@@ -99,6 +103,13 @@ struct Summary {
 
 /// Lives through a seed.
 fn live(seed: u64, planted: Planted) -> Result<Summary, String> {
+    let is_small = seed % 2 == 1;
+    live_with(if is_small { SMALL_FLOOR_BYTES } else { REWRITE_FLOOR_BYTES }, seed, planted)
+}
+
+/// The same with checkpoints that are written anew from so many bytes on.
+fn live_with(floor_bytes: u64, seed: u64, planted: Planted) -> Result<Summary, String> {
+    FLOOR_BYTES.set(floor_bytes);
     let plant = |mistake| planted == mistake;
     REUSES_CONTEXTS.set(plant(Planted::ReusesReadContexts));
     PROGRESS_AT_ONCE.set(plant(Planted::ProgressAheadOfEvents));
@@ -207,8 +218,20 @@ fn no_seed_violates_what_must_be_true() {
 #[test]
 fn seeds_that_failed_once_do_not_fail_again() {
     for seed in FAILED_ONCE {
-        assert_eq!(live(seed, Planted::Nothing).err(), None, "seed {seed}");
+        for floor_bytes in [SMALL_FLOOR_BYTES, REWRITE_FLOOR_BYTES] {
+            let lived = live_with(floor_bytes, seed, Planted::Nothing);
+            assert_eq!(lived.err(), None, "seed {seed}, {floor_bytes}");
+        }
     }
+}
+
+#[test]
+fn small_checkpoints_are_written_anew() {
+    let is_told_by = |seed| {
+        let live = |floor_bytes| live_with(floor_bytes, seed, Planted::Nothing);
+        live(SMALL_FLOOR_BYTES) != live(REWRITE_FLOOR_BYTES)
+    };
+    assert!((0..8).any(is_told_by), "the floor makes no difference");
 }
 
 #[test]

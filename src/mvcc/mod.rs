@@ -38,7 +38,7 @@ use bytes::Bytes;
 
 pub use by_revision::RevisionWalk;
 pub use hash::HashKv;
-pub use record::{Record, RestoreError, check as check_record};
+pub use record::{Record, RestoreError, check as check_record, record_bytes};
 pub use store::{CompactStep, Store, WriteTxn};
 
 /// When a change happened: the write, and its place within that write.

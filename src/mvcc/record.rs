@@ -283,8 +283,8 @@ pub(super) fn size_bytes(key: &[u8], version: &Version) -> u64 {
     size as u64
 }
 
-/// The size of the record of a version that is no tombstone, from its encoded form.
-pub(super) fn record_bytes(kv: &[u8]) -> u64 {
+/// The size of a record, from its encoded form; a tombstone's is a byte more.
+pub fn record_bytes(kv: &[u8]) -> u64 {
     (REVISION_KEY_BYTES + kv.len()) as u64
 }
 

@@ -268,8 +268,9 @@ impl Store {
     }
 
     /// The bytes of the versions that were replaced by changes from `from` on and below the
-    /// compact revision: what a reader pinned there keeps from being freed. Looks at `budget`
-    /// changes; also returns where to go on.
+    /// compact revision: what a reader pinned there keeps from being freed, and, from the
+    /// beginning, what compaction has yet to free, tombstones apart. Looks at `budget` changes;
+    /// also returns where to go on.
     pub fn replaced_bytes(&self, from: Revision, budget: usize) -> (u64, Revision) {
         let (mut bytes, mut next) = (0, from);
         let compacted = |change: &&Change| change.revision.main < self.compact_revision;

@@ -8,9 +8,11 @@
 //!                                       records, to the end of their file            │ write
 //!                                       one batch: leases, members, head with A      │ write (atomic)
 //!                                       the store's file                             │ fsync  → A is durable
-//! log thread     ◀── truncate to the last snapshot ≤ A − catch-up entries ─────────────┤
-//!                                       all of it, if too much is of no use any more │ write anew
+//! log thread     ◀── truncate to the last snapshot ≤ A − catch-up entries ─────────────┘
 //! ```
+//!
+//! When too much of the checkpoint would be of no use with the cut in it, everything there is, the
+//! cut included, is written to the next checkpoint instead, and the one before goes.
 //!
 //! Invariants:
 //! * The head is written after everything it speaks of, in one batch with all that
@@ -54,7 +56,7 @@ use super::space::{self, RESERVE_BYTES, STORE_BYTES_PER_BYTE, Shortage};
 use crate::error::Error;
 use crate::log::Mark;
 use crate::metrics::Metrics;
-use crate::mvcc::Revision;
+use crate::mvcc::{Revision, record_bytes};
 use crate::state::{Cut, StateMachine};
 use crate::storage::{Generations, Storage, StorageError};
 
@@ -75,8 +77,11 @@ const STORE_SPARE_BYTES: u64 = 8 << 20;
 const DELETE_FREE_BYTES: u64 = 2 * RESERVE_BYTES;
 /// Space that a rewrite leaves to the log, in bytes.
 const REWRITE_SPARES_BYTES: u64 = 32 << 20;
-/// A rewrite rests after this many bytes of records.
-const PACE_BYTES: usize = 1 << 20;
+/// Steps that are taken with each cut to count what is kept: a million changes that are to be
+/// removed, about a tenth of a second. After more the checkpoint is written anew later.
+const KEPT_STEPS_MAX: usize = 256;
+/// A rewrite rests after this many bytes of records: about those of one sync.
+const PACE_BYTES: usize = 512 << 10;
 /// And rests no longer than this.
 const REST_MAX: Duration = Duration::from_millis(100);
 
@@ -253,8 +258,8 @@ pub struct CheckpointThread {
     pub apply: Sender<ApplyTask>,
     /// The applied index of the checkpoint as it is on disk.
     pub durable_index: u64,
-    /// What the checkpoint took beside its records (for leases, say) when it was last written
-    /// anew, in bytes; 0 before that.
+    /// What the checkpoint took beside its records (for leases, say) when this thread last wrote
+    /// it anew, in bytes; 0 before that.
     pub overhead_bytes: u64,
     /// The revision that goes with it.
     pub durable_revision: i64,
@@ -333,7 +338,6 @@ impl CheckpointThread {
             && self.write(cut)?
         {
             under_way.cut = None;
-            self.rewrite_if_due()?;
         }
         Ok(Flow::GoOn)
     }
@@ -375,14 +379,14 @@ impl CheckpointThread {
     /// admitted.
     fn write(&mut self, waiting: &WaitingCut) -> Result<bool, StorageError> {
         let WaitingCut { cut, reason, since } = waiting;
-        let needed_bytes = needed_bytes(cut.dirty.records_bytes as u64);
         // Everything was written anew while the cut waited, and the checkpoint holds it; or a
         // snapshot was installed, and the log does not reach back to the cut.
         let is_superseded = cut.head.applied_index < self.durable_index;
-        if !is_superseded && !self.write_where_there_is_space(cut, needed_bytes)? {
+        let cut_bytes = records::new_bytes(cut, self.durable_revision);
+        if !is_superseded && !self.write_where_there_is_space(cut, cut_bytes)? {
             if !self.shortage.set_checkpoint_waits(true) {
                 tracing::error!(
-                    needed_bytes,
+                    needed_bytes = needed_bytes(cut_bytes),
                     "the checkpoint waits for space on its disk: \
                      writes that take space are refused until it has some"
                 );
@@ -400,15 +404,26 @@ impl CheckpointThread {
         Ok(true)
     }
 
+    /// Adds a cut to the checkpoint, or writes that anew with it. `cut_bytes` are its records that
+    /// the checkpoint lacks.
     fn write_where_there_is_space(
         &mut self,
         cut: &Cut,
-        needed_bytes: u64,
+        cut_bytes: u64,
     ) -> Result<bool, StorageError> {
-        if self.has_free(needed_bytes) && self.has_storage()? {
+        // The cut is in what is written anew, and not beside it too.
+        let is_due = self.is_worth_rewriting(cut_bytes)?;
+        if is_due && self.rewrite_where_there_is_space()?.is_ok() {
+            return Ok(true);
+        }
+        if self.has_free(needed_bytes(cut_bytes)) && self.has_storage()? {
             let Some(storage) = self.storage.as_deref_mut() else { return Ok(false) };
+            let began = Instant::now();
             return match records::write(storage, cut, self.durable_revision) {
                 Ok(()) => {
+                    // Not of a rewrite: that takes its time, and would look like a slow disk.
+                    let took = began.elapsed().as_secs_f64();
+                    self.metrics.disk_backend_commit_duration_seconds.observe(took);
                     self.durable_index = cut.head.applied_index;
                     self.durable_revision = cut.head.revision;
                     self.removed.synced();
@@ -425,7 +440,7 @@ impl CheckpointThread {
         }
         // Everything is in memory, this cut included. It may be that compaction has left
         // so little that all of it fits where what was there before does not.
-        Ok(self.rewrite_where_there_is_space()?.is_ok())
+        Ok(!is_due && self.rewrite_where_there_is_space()?.is_ok())
     }
 
     /// Deletes what compaction removed. Piece by piece that takes space before it gives any
@@ -441,8 +456,10 @@ impl CheckpointThread {
             }
         }
         let Some(storage) = &self.storage else { return Ok(()) };
-        let records_bytes = self.state.read().store().size_bytes();
-        if self.removed.is_any_left() && storage.size_on_disk()? / 2 > needed_bytes(records_bytes) {
+        let on_disk_bytes = storage.size_on_disk()?;
+        if self.removed.is_any_left()
+            && on_disk_bytes / 2 > needed_bytes(records::kept_bytes(&self.state, usize::MAX))
+        {
             // If there is no space for it either, there may be the next time.
             let _ = self.rewrite_where_there_is_space()?;
         }
@@ -479,7 +496,6 @@ impl CheckpointThread {
     fn tell(&mut self, cut: &Cut, reason: CutReason, took: Duration) -> Result<(), StorageError> {
         let index = cut.head.applied_index;
         let took = took.as_secs_f64();
-        self.metrics.disk_backend_commit_duration_seconds.observe(took);
         tracing::debug!(
             index,
             ?reason,
@@ -523,8 +539,8 @@ impl CheckpointThread {
     /// back the one before. Refused rather than that it leaves the log without space; then,
     /// and after an error, the one before counts.
     fn rewrite_where_there_is_space(&mut self) -> Result<Result<(), Error>, StorageError> {
-        let records_bytes = self.state.read().store().size_bytes();
-        let needed_bytes = space::rewritten_bytes(records_bytes).saturating_add(STORE_SPARE_BYTES);
+        let needed_bytes = space::rewritten_bytes(records::kept_bytes(&self.state, usize::MAX))
+            .saturating_add(STORE_SPARE_BYTES);
         if !self.has_free(needed_bytes.saturating_add(REWRITE_SPARES_BYTES)) {
             let free_bytes = self.directory.as_deref().and_then(space::free_bytes);
             tracing::debug!(needed_bytes, free_bytes, "no space to write the checkpoint anew");
@@ -547,36 +563,41 @@ impl CheckpointThread {
         }
     }
 
-    /// Gives space back when much more is taken than is needed.
-    fn rewrite_if_due(&mut self) -> Result<(), StorageError> {
-        let Some(storage) = &self.storage else { return Ok(()) };
-        let on_disk_bytes = storage.size_on_disk()?;
-        let records_bytes = self.state.read().store().size_bytes();
-        if space::is_rewrite_due(on_disk_bytes, records_bytes, self.overhead_bytes) {
-            tracing::debug!(on_disk_bytes, records_bytes, "the checkpoint takes too much space");
-            // If there is no space for it, there may be after the next cut.
-            let _ = self.rewrite_where_there_is_space()?;
+    /// Whether much more is taken than is needed once a cut is added that has so many bytes.
+    fn is_worth_rewriting(&self, cut_bytes: u64) -> Result<bool, StorageError> {
+        let Some(storage) = &self.storage else { return Ok(false) };
+        let on_disk_bytes = storage.size_on_disk()?.saturating_add(cut_bytes);
+        let is_due =
+            |kept_bytes| space::is_rewrite_due(on_disk_bytes, kept_bytes, self.overhead_bytes);
+        // Counted only where it may matter, and with each cut not for long.
+        if !is_due(0) {
+            return Ok(false);
         }
-        Ok(())
+        let kept_bytes = records::kept_bytes(&self.state, KEPT_STEPS_MAX);
+        let is_worth_it = is_due(kept_bytes);
+        if is_worth_it {
+            tracing::debug!(on_disk_bytes, kept_bytes, "the checkpoint takes too much space");
+        }
+        Ok(is_worth_it)
     }
 
     fn write_next(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         let mut next = self.generations.begin()?;
         let (image, records) = records::image(&self.state, &self.pins);
         let mut pace = Pace::begin();
-        let mut records_bytes = 0;
+        let mut written_bytes = 0;
         let (shortage, published) = (&self.shortage, &self.published);
         // Nobody who waits for this thread waits for its rests.
         let is_awaited = || shortage.is_behind() || *published.stopped.borrow();
         let mut records = records.inspect(|(.., kv)| {
-            records_bytes += kv.len() as u64;
+            written_bytes += record_bytes(kv);
             pace.note(kv.len(), is_awaited);
         });
         records::fill_with(next.as_mut(), &image, &mut records)?;
         self.generations.switch()?;
         let on_disk_bytes = next.size_on_disk()?;
         self.published.set_checkpoint_bytes(on_disk_bytes);
-        self.overhead_bytes = on_disk_bytes.saturating_sub(space::rewritten_bytes(records_bytes));
+        self.overhead_bytes = on_disk_bytes.saturating_sub(space::rewritten_bytes(written_bytes));
         self.durable_index = image.head.applied_index;
         self.durable_revision = image.head.revision;
         tracing::info!(applied_index = self.durable_index, "wrote the checkpoint anew");

@@ -19,13 +19,15 @@ use parking_lot::RwLock;
 use prost::Message;
 
 use super::pins::{Pin, Pins};
-use crate::mvcc::{Record, Revision, RevisionWalk, Store};
+use crate::log::Identity;
+use crate::mvcc::{Record, Revision, RevisionWalk, Store, record_bytes};
 use crate::pb::kvorumpb::{CheckpointHead, MemberRecord};
 use crate::pb::leasepb::Lease;
 use crate::state::{AuthRow, AuthTable, Cut, Restored, StateMachine};
 use crate::storage::{BATCH_MAX_CHANGES, Batch, SledStorage, Storage, StorageError, Table};
 
-/// Keys or changes that [`Records`] looks at in one hold of the state's lock.
+/// Keys or changes that [`Records`] looks at in one hold of the state's lock, and
+/// [`kept_bytes`].
 const RECORDS_PER_STEP: usize = 4096;
 /// Bytes of records that such a step ends after: as handles they keep what compaction frees.
 const STEP_BYTES: usize = 1 << 20;
@@ -101,14 +103,40 @@ pub fn write(storage: &mut dyn Storage, cut: &Cut, held: i64) -> Result<(), Stor
         batch.put(Table::Head, HEAD, cut.head.encode_to_vec());
         storage.write(batch)?;
     }
-    let records = cut.dirty.records.iter().filter(|(revision, ..)| revision.main > held);
     // An attempt that failed may have been written all the same.
     let frozen_to = storage.frozen_to();
-    let mut records = records
+    let mut records = new_records(cut, held)
         .map(|(revision, tombstone, kv)| (key(*revision), value(*tombstone, kv)))
         .filter(|(key, _)| frozen_to.as_ref().is_none_or(|frozen_to| key > frozen_to));
     storage.freeze(&mut records)?;
     write_rest(storage, cut, false)
+}
+
+/// The records of a cut that a checkpoint that holds this revision lacks.
+fn new_records(cut: &Cut, held: i64) -> impl Iterator<Item = &Record> {
+    cut.dirty.records.iter().filter(move |(revision, ..)| revision.main > held)
+}
+
+/// The bytes of the records that [`write()`] adds of a cut to a checkpoint that holds this
+/// revision.
+pub fn new_bytes(cut: &Cut, held: i64) -> u64 {
+    new_records(cut, held).map(|(.., kv)| record_bytes(kv)).sum()
+}
+
+/// The bytes of the records that a checkpoint written anew has: without those that compaction
+/// gave up and has yet to remove, which takes it a while. About: the state moves on while they
+/// are counted, and tombstones that are to be removed count as kept. So does what is not
+/// looked at in so many steps, of `RECORDS_PER_STEP` changes each.
+pub fn kept_bytes(state: &RwLock<StateMachine>, steps_max: usize) -> u64 {
+    let (mut kept_bytes, mut next) = (state.read().store().size_bytes(), Revision::default());
+    for _ in 0..steps_max {
+        let (bytes, after) = state.read().store().replaced_bytes(next, RECORDS_PER_STEP);
+        if after == next {
+            break;
+        }
+        (kept_bytes, next) = (kept_bytes.saturating_sub(bytes), after);
+    }
+    kept_bytes
 }
 
 /// Like [`write`], into an empty checkpoint, which does not count yet: no batch is larger

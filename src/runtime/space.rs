@@ -21,12 +21,14 @@ pub const RESERVE_BYTES: u64 = 96 * 1024 * 1024;
 /// is up to three bytes; such a checkpoint is written anew soon, and one that meets the end of the
 /// disk is opened anew.)
 pub const STORE_BYTES_PER_BYTE: u64 = 2;
-/// A checkpoint is written anew when it takes this much of what its records do, in percent.
-/// The old one and the new one together then take one time more. Between two compactions the
-/// records themselves may be twice what is live, and all of it must stay below four times that.
-pub const REWRITE_PERCENT: u64 = 150;
+/// A checkpoint is written anew when it would take more than this much of what its records do, in
+/// percent. What compaction gave up does not count among them, so that it is due right after a
+/// compaction, if at all. A checkpoint takes at most this much of what the last compaction left,
+/// what was written since, and, while it is written anew, what is left then. All of it must stay
+/// below four times what is live.
+pub const REWRITE_PERCENT: u64 = 140;
 /// A checkpoint of less than this, in bytes, is not worth it: sled begins with some.
-pub const REWRITE_FLOOR_BYTES: u64 = 64 * 1024 * 1024;
+pub const REWRITE_FLOOR_BYTES: u64 = 32 << 20;
 /// Writers wait when more than this is applied and not yet in the checkpoint. It bounds the
 /// memory that holds it, and what the log has to keep and a restart to replay.
 pub const UNWRITTEN_BYTES_MAX: usize = 256 * 1024 * 1024;
@@ -95,13 +97,29 @@ pub fn has_room_for_image(directory: &Path, image_bytes: u64) -> bool {
     free_bytes(directory).is_none_or(|free| free >= needed)
 }
 
-/// Whether a checkpoint that takes `on_disk_bytes` is to be written anew, now that the state's
-/// records are so many bytes. For each byte that this gives back, two are written at the most.
-/// `overhead_bytes` is what it took beside its records right after it was written anew last, and
-/// would take again.
-pub fn is_rewrite_due(on_disk_bytes: u64, records_bytes: u64, overhead_bytes: u64) -> bool {
-    let least_bytes = records_bytes.saturating_add(overhead_bytes);
-    on_disk_bytes > REWRITE_FLOOR_BYTES.max((least_bytes / 100).saturating_mul(REWRITE_PERCENT))
+/// Whether a checkpoint that takes `on_disk_bytes` is to be written anew, now that the records
+/// that are kept are so many bytes. `overhead_bytes` is what it took beside its records right after
+/// it was written anew last, and would take again.
+pub fn is_rewrite_due(on_disk_bytes: u64, kept_bytes: u64, overhead_bytes: u64) -> bool {
+    let least_bytes = kept_bytes.saturating_add(overhead_bytes);
+    on_disk_bytes > rewrite_floor_bytes().max((least_bytes / 100).saturating_mul(REWRITE_PERCENT))
+}
+
+#[cfg(not(test))]
+fn rewrite_floor_bytes() -> u64 {
+    REWRITE_FLOOR_BYTES
+}
+
+#[cfg(test)]
+thread_local! {
+    /// Less than [`REWRITE_FLOOR_BYTES`], for small checkpoints that are written anew.
+    pub(crate) static FLOOR_BYTES: std::cell::Cell<u64> =
+        const { std::cell::Cell::new(REWRITE_FLOOR_BYTES) };
+}
+
+#[cfg(test)]
+fn rewrite_floor_bytes() -> u64 {
+    FLOOR_BYTES.get()
 }
 
 /// What a checkpoint takes that is written as a whole, in bytes, of records of so many.
@@ -161,14 +179,14 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn a_checkpoint_is_written_anew_when_a_third_of_it_is_not_needed() {
+    fn a_checkpoint_is_written_anew_when_much_of_it_is_not_needed() {
         let due =
             |on_disk_mib, records_mib| is_rewrite_due(on_disk_mib * MIB, records_mib * MIB, 0);
-        assert!(!due(64, 0), "a small one is left alone");
-        assert!(due(65, 0) && due(65, 43));
-        assert!(!due(65, 44));
-        assert!(!due(1535, 1024));
-        assert!(due(1537, 1024));
+        assert!(!due(32, 0), "a small one is left alone");
+        assert!(due(33, 0) && due(65, 46));
+        assert!(!due(65, 47));
+        assert!(!due(1433, 1024));
+        assert!(due(1434, 1024));
         assert!(!is_rewrite_due(u64::MAX / 2, u64::MAX / 2, u64::MAX));
     }
 

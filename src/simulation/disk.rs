@@ -104,8 +104,12 @@ pub(super) fn log_fault(random: &mut Random) -> Fault {
 impl Generations for Disk {
     fn begin(&mut self) -> Result<Box<dyn Storage>, StorageError> {
         let next = FaultyDisk::new();
+        let stores = &mut *self.store.lock();
+        if !stores.is_spared && stores.random.chance(100) {
+            next.fill_after(stores.random.below(60));
+        }
         let storage = Box::new(next.open());
-        self.store.lock().next = Some(next);
+        stores.next = Some(next);
         Ok(storage)
     }
 

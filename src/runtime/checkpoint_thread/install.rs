@@ -76,7 +76,6 @@ impl CheckpointThread {
                 return Ok(None);
             }
         }
-        drop(spool);
         if self.shortage.set_checkpoint_waits(false) {
             tracing::info!("the disk has space for the snapshot");
         }
@@ -84,15 +83,18 @@ impl CheckpointThread {
         // Closes the one before, and then its space can go.
         self.storage = Some(next);
         self.reopen = false;
-        self.generations.discard();
         self.removed = Removed::default();
         self.snapshots.clear();
+        self.overhead_bytes = 0;
         self.durable_index = mark.index;
         self.durable_revision = state.store().revision();
 
         let (replaced, wait) = sync_channel(1);
         let replacement = Replacement { state, done: replaced };
         let _ = self.apply.send(ApplyTask::Install(Box::new(replacement)));
+        // Nobody waits for the space but who wants to write.
+        drop(spool);
+        self.generations.discard();
         let log = Some((hard_state, number));
         Ok(Some(Installing { mark, log, wait, done }))
     }

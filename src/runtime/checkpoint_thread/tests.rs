@@ -378,3 +378,104 @@ fn what_is_deleted_after_a_rewrite_stays_deleted() {
     let state = bench.thread.state.read();
     assert_eq!(restored.size_bytes(), state.store().size_bytes(), "nothing else is left");
 }
+
+/// More versions of one key than fit below the floor, and two leases, in a checkpoint; then a
+/// compaction that gives up all but the last, nothing of which is removed yet. And the cut after
+/// that.
+fn with_superseded_versions(generations: Box<dyn Generations>) -> (Bench, Box<Cut>) {
+    const VALUE_BYTES: u64 = 1 << 20;
+    let mut bench = Bench::new(Some(Box::new(MemoryStorage::new())), generations);
+    let lease = |id| Request::LeaseGrant(LeaseGrantRequest { id, ttl: 60 });
+    bench.apply(1, lease(7));
+    bench.apply(2, lease(8));
+    bench.apply(3, put("gone", 7));
+    let value = bytes::Bytes::from(vec![7; VALUE_BYTES as usize]);
+    let versions = space::REWRITE_FLOOR_BYTES / VALUE_BYTES + 1;
+    for index in 4..4 + versions {
+        let put = PutRequest { key: "k".into(), value: value.clone(), ..Default::default() };
+        bench.apply(index, Request::Put(put));
+    }
+    bench.tell(CheckpointTask::Write(bench.cut(), CutReason::Dirty));
+    bench.work();
+    let index = 4 + versions;
+    let revision = bench.thread.state.read().store().revision();
+    bench.apply(index, Request::Compaction(CompactionRequest { revision, physical: false }));
+    bench.apply(index + 1, Request::LeaseRevoke(LeaseRevokeRequest { id: 7 }));
+    bench.apply(index + 2, lease(9));
+    bench.apply(index + 3, put("other", 8));
+    let cut = bench.cut();
+    (bench, cut)
+}
+
+fn on_disk_bytes(bench: &Bench) -> u64 {
+    bench.thread.storage.as_deref().expect("a store").size_on_disk().expect("a size")
+}
+
+fn commits(bench: &Bench) -> u64 {
+    bench.thread.metrics.disk_backend_commit_duration_seconds.get_sample_count()
+}
+
+/// The checkpoint, and the state, after all that was compacted is removed from both.
+fn hashes(bench: &mut Bench) -> [u32; 2] {
+    let storage = bench.thread.storage.as_deref_mut().expect("a store");
+    let mut restored = StateMachine::restore(records::recover(storage).expect("a checkpoint"));
+    let mut state = bench.thread.state.write();
+    [&mut restored, &mut *state].map(|state| {
+        while !state.compact_step(i64::MAX, 10) {}
+        state.hash()
+    })
+}
+
+/// It takes a while until what compaction gave up is removed. Waiting for that, the checkpoint
+/// would take it and what was written meanwhile.
+#[test]
+fn what_compaction_gave_up_is_given_back_before_it_is_removed() {
+    let (mut bench, cut) = with_superseded_versions(Box::new(MemoryGenerations));
+    assert!(on_disk_bytes(&bench) > space::REWRITE_FLOOR_BYTES, "all of it is needed");
+    let index = cut.head.applied_index;
+    bench.tell(CheckpointTask::Write(cut, CutReason::Snapshot));
+    bench.work();
+    assert!(on_disk_bytes(&bench) < space::REWRITE_FLOOR_BYTES / 8);
+    assert!(bench.thread.state.read().store().size_bytes() > space::REWRITE_FLOOR_BYTES);
+    assert_eq!((bench.thread.durable_index, bench.truncations()), (index, 1));
+    assert_eq!(commits(&bench), 1, "what is written anew is none");
+    let [restored, state] = hashes(&mut bench);
+    assert_eq!(restored, state);
+}
+
+/// Then the cut is written to the checkpoint there is.
+#[test]
+fn where_the_next_checkpoint_has_no_room_a_cut_is_written_all_the_same() {
+    let (mut bench, cut) = with_superseded_versions(Box::new(FullDisk));
+    let before_bytes = on_disk_bytes(&bench);
+    let index = cut.head.applied_index;
+    bench.tell(CheckpointTask::Write(cut, CutReason::Dirty));
+    bench.work();
+    assert!(on_disk_bytes(&bench) > before_bytes);
+    assert_eq!(bench.thread.durable_index, index);
+    assert!(!bench.thread.shortage.is_present());
+    assert_eq!(commits(&bench), 2);
+    let [restored, state] = hashes(&mut bench);
+    assert_eq!(restored, state);
+}
+
+/// What was written while all was written anew is in that, and in the cut after it once more.
+#[test]
+fn what_the_checkpoint_holds_already_does_not_make_it_due_again() {
+    let (mut bench, first) = with_superseded_versions(Box::new(MemoryGenerations));
+    let mut index = first.head.applied_index;
+    let value = bytes::Bytes::from(vec![7; 6 << 20]);
+    for key in ["a", "b"] {
+        index += 1;
+        let put = PutRequest { key: key.into(), value: value.clone(), ..Default::default() };
+        bench.apply(index, Request::Put(put));
+    }
+    bench.tell(CheckpointTask::Write(first, CutReason::Dirty));
+    bench.work();
+    let second = bench.cut();
+    assert!(second.dirty.records_bytes >= 2 * value.len());
+    assert_eq!(bench.thread.durable_index, index, "the image is of now");
+    space::FLOOR_BYTES.set(1 << 20);
+    let new_bytes = records::new_bytes(&second, bench.thread.durable_revision);
+    assert!(!bench.thread.is_worth_rewriting(new_bytes).expect("a size"));
+}

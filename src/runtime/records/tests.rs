@@ -274,3 +274,29 @@ fn a_crash_while_removed_records_are_deleted_brings_no_key_back() {
         assert_equal(&restored, &state);
     }
 }
+
+#[test]
+fn what_is_kept_does_not_depend_on_how_much_is_removed() {
+    let state = RwLock::new(new_state());
+    let apply = |request| {
+        let mut state = state.write();
+        let entry = Mark { index: state.applied().index + 1, term: 1 };
+        let command = Command { header: None, request: Some(request) };
+        state.apply(entry, command, &mut Effects::default()).expect("applied");
+    };
+    let value = Bytes::from(vec![7; 1000]);
+    for _ in 0..3 * RECORDS_PER_STEP {
+        let put = PutRequest { key: "k".into(), value: value.clone(), ..Default::default() };
+        apply(Request::Put(put));
+    }
+    assert_eq!(kept_bytes(&state, usize::MAX), state.read().store().size_bytes());
+    let revision = state.read().store().revision();
+    apply(Request::Compaction(CompactionRequest { revision, physical: false }));
+    let at_first = kept_bytes(&state, usize::MAX);
+    assert!(at_first < 3000, "the last two versions: {at_first}");
+    assert!(kept_bytes(&state, 1) > at_first, "the rest is not looked at");
+    while !state.write().compact_step(i64::MAX, 1000) {
+        assert_eq!(kept_bytes(&state, usize::MAX), at_first);
+    }
+    assert_eq!(state.read().store().size_bytes(), at_first);
+}
