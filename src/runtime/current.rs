@@ -43,7 +43,7 @@ use std::path::Path;
 
 use super::records::{self, RecoverError};
 use super::recover::{OnDisk, OpenError};
-use crate::log::{Entry, Identity, Log, LogError, Mark, REACHES_UNKNOWN};
+use crate::log::{Entry, Log, LogError, Mark, REACHES_UNKNOWN};
 use crate::pb::kvorumpb::CheckpointHead;
 use crate::storage::{DiskGenerations, SledStorage, StorageError};
 
@@ -145,7 +145,7 @@ fn joins(
     if head.installed || !Log::exists(&disk.log_dir)? {
         return Ok(false);
     }
-    let identity = Identity { cluster_id: head.cluster_id, member_id: head.member_id };
+    let identity = records::identity(head);
     let applied = Mark { index: head.applied_index, term: head.applied_term };
     let log = match Log::open(disk.log_options(identity, reaches)) {
         Ok((_, log)) => log,

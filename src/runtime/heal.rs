@@ -12,7 +12,8 @@
 //! (What sled changes in a damaged file while it tries to open it is changed, too, in what is kept.)
 //!
 //! Up to 4 a crash, or giving up, leaves all as it was. Between 4 and 5 `CURRENT` names what is not
-//! there, which is damage as before: the next start begins at 1 again. Nothing is deleted.
+//! there, or is not there itself, as before, but for `member/healing`: which is damage, too, and the
+//! next start begins at 1 again. Nothing is deleted.
 //!
 //! # Why this is safe
 //!
@@ -41,7 +42,8 @@
 //!
 //! What would break this is a log that has silently lost its end. Of a torn last write the checkpoint
 //! could tell whether it had been acknowledged. If enough of it can be read it still does;
-//! otherwise a log with anything torn at its end is refused ([`REACHES_UNKNOWN`]). A damaged log is never
+//! otherwise a log with anything torn at its end is refused ([`REACHES_UNKNOWN`]). Where `CURRENT` names
+//! none, a log must reach as far as any checkpoint of its member that is there. A damaged log is never
 //! healed: a member that does not know what it voted must not come back under its name.
 //!
 //! An image of another history is refused: of another cluster, one whose members this member does
@@ -58,11 +60,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::image::{self, FillError};
+use super::records::{self, Legible};
 use super::recover::{Bootstrap, OnDisk, OpenError, Place, first_state, identity};
-use super::{records, space};
+use super::space;
 use crate::log::{BOOTSTRAP, Identity, Log, LogError, Mark, REACHES_UNKNOWN, Recovered};
 use crate::net::pull::Pulled;
 use crate::net::snapshot::HasRoom;
+use crate::pb::kvorumpb::CheckpointHead;
 use crate::state::StateMachine;
 use crate::storage::DiskGenerations;
 use crate::storage::spool::Spools;
@@ -77,8 +81,9 @@ pub struct Damage {
     log: Recovered,
     peer_urls: Vec<String>,
     generations: DiskGenerations,
-    /// Why a member is not opened that has intact checkpoints.
-    several: Option<OpenError>,
+    /// Why a member is not opened whose checkpoints may be intact: what is said of it when
+    /// its log is not enough either.
+    unnamed: Option<OpenError>,
 }
 
 /// Why an image did not take the place of a damaged checkpoint.
@@ -135,29 +140,44 @@ impl Damage {
         let disk = OnDisk::of(data_dir, wal_dir.as_deref(), *fsync);
         let what = error.to_string();
         let generations = DiskGenerations::of_damaged(&disk.member_dir)?;
-        let legible = generations.counting().map(|dir| records::legible(&dir)).unwrap_or_default();
+        let counting = generations.counting();
+        // Where none is named, each that is there knows something: of the log, and of the others.
+        let known_of: Vec<Legible> = match &counting {
+            Some(dir) => vec![records::legible(dir)],
+            None => generations.all()?.iter().rev().map(|(_, dir)| records::legible(dir)).collect(),
+        };
+        let named = counting.and_then(|_| known_of.first()?.head.as_ref());
         let both = |log, member| OpenError::BothDamaged { damage: what.clone(), log, member };
-        let known = legible.head.as_ref().map_or(Identity::default(), |head| Identity {
-            cluster_id: head.cluster_id,
-            member_id: head.member_id,
-        });
+        let known = named.map_or(Identity::default(), records::identity);
+        let is_unnamed = matches!(
+            error,
+            OpenError::SeveralCheckpoints { .. } | OpenError::CurrentMissing { .. }
+        );
         if !Log::exists(&disk.log_dir)? {
+            if is_unnamed {
+                return Err(error);
+            }
             let missing = LogError::Missing { dir: disk.log_dir.clone(), sequence: 1 };
             return Err(both(missing, known.member_id));
         }
-        let reaches = match &legible.head {
+        let reaches = match named {
             // An old one knows nothing of the log's end. What was installed was never in this log.
             _ if matches!(error, OpenError::CheckpointTooOld { .. }) => REACHES_UNKNOWN,
             Some(head) if head.installed => 0,
             Some(head) => head.applied_index,
             None => REACHES_UNKNOWN,
         };
-        let opened = Log::open(disk.log_options(known, reaches));
-        let (_, log) = opened.map_err(|error| match error {
-            LogError::Damaged { .. } | LogError::Missing { .. } => both(error, known.member_id),
-            other => OpenError::Log(other),
-        })?;
-        if legible.head.is_some() && log.identity != known {
+        let open_log = |identity: Identity, reaches| {
+            let opened = Log::open(disk.log_options(identity, reaches));
+            opened.map(|(_, log)| log).map_err(|error| match error {
+                LogError::Damaged { .. } | LogError::Missing { .. } => {
+                    both(error, identity.member_id)
+                }
+                other => OpenError::Log(other),
+            })
+        };
+        let mut log = open_log(known, reaches)?;
+        if named.is_some() && log.identity != known {
             return Err(OpenError::OtherMember {
                 log: disk.log_dir.clone(),
                 of_log: log.identity,
@@ -165,10 +185,23 @@ impl Damage {
                 of_checkpoint: known,
             });
         }
-        let others = legible.members.iter().filter(|member| member.id != log.identity.member_id);
+        let is_own = |head: &CheckpointHead| records::identity(head) == log.identity;
+        let own = known_of.iter().filter(|legible| legible.head.as_ref().is_none_or(is_own));
+        let own: Vec<&Legible> = own.collect();
+        if named.is_none() {
+            let heads = own.iter().filter_map(|legible| legible.head.as_ref());
+            let written = heads.filter(|head| !head.installed);
+            let reaches = written.map(|head| head.applied_index).max().unwrap_or(0);
+            if log.last_index() < reaches {
+                log = open_log(log.identity, reaches)?;
+            }
+        }
+        // Perhaps of members that have gone since, but better than nothing.
+        let mut members = own.iter().map(|legible| legible.members.as_slice());
+        let members = members.find(|members| !members.is_empty()).unwrap_or_default();
+        let others = members.iter().filter(|member| member.id != log.identity.member_id);
         let mut peer_urls: Vec<String> = others.flat_map(|other| other.peer_urls.clone()).collect();
-        // Of members that may have gone since, but better than nothing.
-        if legible.members.is_empty() {
+        if members.is_empty() {
             peer_urls = bootstrap.other_peer_urls();
         }
         peer_urls.sort_unstable();
@@ -181,7 +214,7 @@ impl Damage {
             log,
             peer_urls,
             generations,
-            several: matches!(error, OpenError::SeveralCheckpoints { .. }).then_some(error),
+            unnamed: is_unnamed.then_some(error),
         })
     }
 
@@ -258,14 +291,14 @@ impl Damage {
                 && identity(state) == self.identity
         });
         let Some(mut state) = first else {
-            if let Some(several) = self.several.take() {
-                return Err(several);
+            if let Some(unnamed) = self.unnamed.take() {
+                return Err(unnamed);
             }
             let start = self.log.start.index;
             return Err(OpenError::Unrecoverable {
                 damage: self.what.clone(),
                 first: start + 1,
-                last: self.log.entries.last().map_or(start, |entry| entry.index),
+                last: self.log.last_index(),
                 data: self.data_dir.clone(),
             });
         };

@@ -10,6 +10,7 @@
 //!
 //! Numbers are big-endian, so records are in revision order.
 
+use std::fs;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
@@ -353,8 +354,17 @@ pub struct Legible {
     pub members: Vec<MemberRecord>,
 }
 
+/// Whose checkpoint it is.
+pub fn identity(head: &CheckpointHead) -> Identity {
+    Identity { cluster_id: head.cluster_id, member_id: head.member_id }
+}
+
 /// Reads what can be read of a damaged checkpoint.
 pub fn legible(dir: &Path) -> Legible {
+    // To open it would begin one there.
+    if !fs::read_dir(dir).is_ok_and(|mut names| names.next().is_some()) {
+        return Legible::default();
+    }
     let Ok(storage) = SledStorage::open(dir) else { return Legible::default() };
     let head = storage.get(Table::Head, HEAD).ok().flatten();
     Legible {

@@ -27,14 +27,15 @@
 //! |----------------------------------------------|--------------------------------------|
 //! | `CURRENT`, no log                            | acknowledged entries were in it      |
 //! | no `CURRENT`, a log that was written to      | the checkpoint may hold its start    |
-//! | no `CURRENT`, no log, a checkpoint           | both of the above                    |
+//! | no `CURRENT`, no log, a checkpoint           | acknowledged entries were in the log |
 //! | a log of another member or cluster           | one of them was put there by mistake |
 //! | a log that ends before the applied index     | its end was acknowledged             |
 //! | a log that begins behind the applied index   | the checkpoint is an old one         |
 //! | nothing, of a member that others saw running | it may have acknowledged what is gone |
 //!
-//! A checkpoint that is there and damaged may be replaced: [`super::heal`]. A damaged log is not. One that
-//! is intact, and that `CURRENT` alone does not name, may be named again: [`super::current`].
+//! A checkpoint that is damaged or missing may be replaced, as long as something is left of it, be it
+//! its name: [`super::heal`]. A damaged log is not. One that is intact, and that `CURRENT` alone does
+//! not name, may be named again: [`super::current`].
 //!
 //! A log that ends too early is in order when the checkpoint says that it was installed: it came from another
 //! member, a crash kept the log from beginning anew after it, and that is made up for here.
@@ -245,11 +246,13 @@ pub enum OpenError {
         applied: u64,
     },
     /// There is a log that was written to, or a checkpoint, and nothing that says which
-    /// checkpoint counts.
+    /// checkpoint counts; not both.
     #[error(
         "{} is missing, which names the checkpoint that counts, though {} is there: put it \
          back, restore a snapshot (`kvorum snapshot restore <file> --data-dir <empty directory>`), \
-         or remove the data directory {} to begin anew",
+         or remove the data directory {} to begin anew. If the cluster has a majority without this \
+         member, remove the member before that (`etcdctl member remove <id>`) and add it again \
+         (`etcdctl member add`): it may have forgotten what it voted and acknowledged",
         current.display(), found.display(), data.display()
     )]
     CheckpointMissing {
@@ -259,6 +262,18 @@ pub enum OpenError {
         found: PathBuf,
         /// The data directory.
         data: PathBuf,
+    },
+    /// The same, with both.
+    #[error(
+        "{} is missing, which names the checkpoint that counts, though {} is there: put it back, or \
+         restore a snapshot (`kvorum snapshot restore <file> --data-dir <empty directory>`)",
+        current.display(), checkpoint.display()
+    )]
+    CurrentMissing {
+        /// The file that is missing.
+        current: PathBuf,
+        /// A checkpoint.
+        checkpoint: PathBuf,
     },
     /// There are several checkpoints, and nothing that says which one counts.
     #[error(
@@ -346,10 +361,11 @@ pub enum OpenError {
     #[error(
         "{damage}; and the raft log, without which this member must not go on, cannot be used \
          either: {log}. What this member voted and acknowledged is not known any more. If the \
-         cluster has a majority without it, remove it (`etcdctl member remove {member:x}`), add it \
+         cluster has a majority without it, remove it (`etcdctl member remove {}`), add it \
          again (`etcdctl member add`), and start it with an empty --data-dir and \
          --initial-cluster-state=existing. Otherwise restore a snapshot, for all members: \
-         `kvorum snapshot restore <file> --data-dir <empty directory>`"
+         `kvorum snapshot restore <file> --data-dir <empty directory>`",
+        id_of(*member)
     )]
     BothDamaged {
         /// What is wrong with the checkpoint.
@@ -380,14 +396,17 @@ pub enum OpenError {
 }
 
 impl OpenError {
-    /// Whether the checkpoint is not what was written: then `heal` may find another.
+    /// Whether the checkpoint is not what was written, or cannot be told from others: then `heal`
+    /// may find another.
     pub fn is_damaged_checkpoint(&self) -> bool {
         match self {
             OpenError::Storage(error) | OpenError::Checkpoint(RecoverError::Storage(error)) => {
                 error.is_damage()
             }
-            OpenError::Checkpoint(RecoverError::Record { .. }) => true,
-            OpenError::CheckpointTooOld { .. } | OpenError::SeveralCheckpoints { .. } => true,
+            OpenError::Checkpoint(RecoverError::Record { .. })
+            | OpenError::CurrentMissing { .. }
+            | OpenError::CheckpointTooOld { .. }
+            | OpenError::SeveralCheckpoints { .. } => true,
             _ => false,
         }
     }
@@ -395,12 +414,17 @@ impl OpenError {
     /// Whether the checkpoint may be intact, and only the file damaged or missing that names it.
     fn is_of_current(&self) -> bool {
         let is_damaged = matches!(self, OpenError::Storage(StorageError::CurrentDamaged { .. }));
-        is_damaged || matches!(self, OpenError::CheckpointMissing { .. })
+        is_damaged || matches!(self, OpenError::CurrentMissing { .. })
     }
 }
 
-/// Whether [`open`] will make a new member: then it is worth asking the others about it
-/// ([`Bootstrap::running`]). Changes nothing.
+/// A member as `etcdctl` takes it; 0 stands for one that is not known.
+fn id_of(member: u64) -> String {
+    if member == 0 { "<id>".to_owned() } else { format!("{member:x}") }
+}
+
+/// Whether [`open`] makes a new member, or finds that it was none: then it is worth asking the
+/// others about it ([`Bootstrap::running`]). Changes nothing.
 ///
 /// # Errors
 /// What the disk says.
@@ -523,23 +547,17 @@ impl<'a> OnDisk<'a> {
         if !has_log && let Some(checkpoint) = checkpoint {
             return Err(self.checkpoint_missing(checkpoint));
         }
+        let begun = if has_log { Some(self.begun_log(checkpoint)?) } else { None };
         let mut state = first_state(bootstrap, self.data_dir)?;
         make_directory(&self.member_dir, "data-dir", self.fsync)?;
         if separate_log {
             make_directory(&self.log_dir, "wal-dir", self.fsync)?;
         }
         let identity = identity(&state);
-        // A checkpoint may know that what looks torn was acknowledged.
-        let reaches = if checkpoint.is_some() { REACHES_UNKNOWN } else { 0 };
-        let (mut log, mut recovered) = match Log::open(self.log_options(identity, reaches)) {
-            Err(LogError::Damaged { .. }) if checkpoint.is_some() => {
-                return Err(self.checkpoint_missing(self.log_dir.clone()));
-            }
-            opened => opened?,
+        let (mut log, mut recovered) = match begun {
+            Some(begun) => begun,
+            None => Log::open(self.log_options(identity, 0))?,
         };
-        if recovered.was_written_to() {
-            return Err(self.checkpoint_missing(self.log_dir.clone()));
-        }
         let starts_later = recovered.start.index > state.applied().index;
         if recovered.identity != identity || starts_later {
             return Err(OpenError::BegunForAnother(self.data_dir.to_owned()));
@@ -557,6 +575,27 @@ impl<'a> OnDisk<'a> {
             identity,
             is_new: true,
         })
+    }
+
+    /// The log of a member that was begun and no more. One that was written to is refused: its
+    /// member was here before, whatever is left of it.
+    fn begun_log(&self, checkpoint: Option<PathBuf>) -> Result<(Log, Recovered), OpenError> {
+        // A checkpoint may know that what looks torn was acknowledged.
+        let reaches = if checkpoint.is_some() { REACHES_UNKNOWN } else { 0 };
+        // Whose it is, it says itself.
+        let opened = Log::open(self.log_options(Identity::default(), reaches));
+        match (checkpoint, opened) {
+            (Some(checkpoint), Err(LogError::Damaged { .. })) => {
+                Err(self.current_missing(checkpoint))
+            }
+            (Some(checkpoint), Ok((_, log))) if log.was_written_to() => {
+                Err(self.current_missing(checkpoint))
+            }
+            (None, Ok((_, log))) if log.was_written_to() => {
+                Err(self.checkpoint_missing(self.log_dir.clone()))
+            }
+            (_, opened) => Ok(opened?),
+        }
     }
 
     /// A member that was here before.
@@ -649,6 +688,13 @@ impl<'a> OnDisk<'a> {
     fn checkpoint_missing(&self, found: PathBuf) -> OpenError {
         let current = DiskGenerations::current(&self.member_dir);
         OpenError::CheckpointMissing { current, found, data: self.data_dir.to_owned() }
+    }
+
+    fn current_missing(&self, checkpoint: PathBuf) -> OpenError {
+        OpenError::CurrentMissing {
+            current: DiskGenerations::current(&self.member_dir),
+            checkpoint,
+        }
     }
 }
 

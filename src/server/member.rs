@@ -442,15 +442,18 @@ async fn recover(
             .await
             .map_err(|error| Fatal::new(error.to_string()))??
     };
-    if is_new {
-        let urls = bootstrap.other_peer_urls();
-        bootstrap.running = if bootstrap.joins {
-            Some(discover::when_joining(&urls, &**connector).await?)
-        } else {
-            discover::when_new(&urls, &**connector).await
-        };
+    let urls = bootstrap.other_peer_urls();
+    if is_new && !bootstrap.joins {
+        bootstrap.running = discover::when_new(&urls, &**connector).await;
     }
-    let mut recovery = heal::open(place, bootstrap, connector).await?;
+    let mut recovery = match heal::open(place.clone(), bootstrap.clone(), connector).await {
+        // It is new, and joins: not one that has lost no more than what says that it is not.
+        Err(StartError::Open(OpenError::NoPeerAnswered)) => {
+            bootstrap.running = Some(discover::when_joining(&urls, &**connector).await?);
+            heal::open(place, bootstrap, connector).await?
+        }
+        opened => opened?,
+    };
     let Recovery { state, start, identity, is_new, .. } = &mut recovery;
     start.election_ticks = limits.election_ticks() as usize;
     start.pre_vote = config.pre_vote;

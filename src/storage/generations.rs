@@ -22,8 +22,8 @@
 //! **A damaged checkpoint** is replaced by [`DiskGenerations::of_damaged`],
 //! [`begin_beside`](DiskGenerations::begin_beside) and
 //! [`replace_damaged`](DiskGenerations::replace_damaged). Until the last all is as it was; a crash
-//! within it leaves a `CURRENT` that names a checkpoint which is not there, which is damage to be
-//! healed like the one before, and nothing is ever removed.
+//! within it leaves a `CURRENT` that names a checkpoint which is not there, or that is missing as it
+//! was: damage to be healed like the one before, and nothing is ever removed.
 //!
 //! Without `CURRENT` no checkpoint ever counted: the member is new, and what lies there
 //! was begun by a start that did not get far. That this is so, and `CURRENT` not lost, is
@@ -110,7 +110,8 @@ impl DiskGenerations {
         member_dir.join(CURRENT)
     }
 
-    /// A checkpoint, whether it counts or not, if there is one. Changes nothing.
+    /// A checkpoint, whether it counts or not, or what was to replace a damaged one, if there is
+    /// one. Changes nothing.
     ///
     /// # Errors
     /// What the disk says.
@@ -120,7 +121,8 @@ impl DiskGenerations {
             action: "look for a checkpoint",
             source,
         })?;
-        Ok(found.into_iter().next())
+        let healing = Some(member_dir.join(HEALING)).filter(|path| path.exists());
+        Ok(found.into_iter().next().or(healing))
     }
 
     /// Begins the first checkpoint of a new member, which counts once

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use kvorum::config::ClusterState;
 use kvorum::log::{HardState, Log, Options, Recovered};
 use kvorum::pb::etcdserverpb as pb;
 use kvorum::{Config, Server};
@@ -69,6 +70,7 @@ type Harm = (&'static str, fn(&Path));
 const HARMS: &[Harm] = &[
     ("the mark is gone", |dir| fs::remove_file(checkpoint(dir).join("synced")).unwrap()),
     ("all of it is gone", |dir| fs::remove_dir_all(checkpoint(dir)).unwrap()),
+    ("CURRENT is gone", |dir| fs::remove_file(dir.join("member/CURRENT")).unwrap()),
     ("CURRENT is nonsense", |dir| fs::write(dir.join("member/CURRENT"), [0xff; 30]).unwrap()),
     ("another program's file", |dir| {
         fs::remove_dir_all(checkpoint(dir)).unwrap();
@@ -124,6 +126,7 @@ async fn a_damaged_checkpoint_is_fetched_from_a_peer() {
     let mut cluster = Cluster::start().await;
     let data_dir = cluster.configs[0].data_dir.clone();
     fill(cluster.server(0), 100).await;
+    let flags = cluster.configs[0].clone();
     for (round, (name, harm)) in HARMS.iter().enumerate() {
         eprintln!("{name}");
         fill(cluster.server(1), round).await;
@@ -133,6 +136,18 @@ async fn a_damaged_checkpoint_is_fetched_from_a_peer() {
         let set_aside = named(&data_dir, "damaged-").len();
         let was_there = checkpoint(&data_dir).is_dir();
         harm(&data_dir);
+        cluster.configs[0] = if *name == "CURRENT is gone" {
+            // Who the others are is known, and how the member was made is true no more.
+            let gone = ("gone".to_owned(), vec!["http://127.0.0.1:1".parse().unwrap()]);
+            let own = flags.initial_cluster.clone().into_iter().take(1);
+            Config {
+                initial_cluster_state: ClusterState::Existing,
+                initial_cluster: own.chain([gone]).collect(),
+                ..flags.clone()
+            }
+        } else {
+            flags.clone()
+        };
         let is_there = !named(&data_dir, "ckpt-").is_empty();
         // What the member missed meanwhile comes with the state, or behind it.
         put(cluster.server(1), "meanwhile", name).await;

@@ -14,6 +14,7 @@ use crate::pb::etcdserverpb::PutRequest;
 use crate::pb::kvorumpb::{Command, command::Request};
 use crate::raft::Start;
 use crate::state::Effects;
+use crate::storage::{Batch, DiskGenerations, Storage as _, Table};
 
 const URLS: [&str; 3] = ["http://127.0.0.1:1", "http://127.0.0.1:2", "http://127.0.0.1:3"];
 
@@ -55,6 +56,10 @@ fn member(dir: &Path, members: usize, start: u64, last: u64, hard_state: HardSta
         log.truncate_prefix(Mark { index: start, term: 2 }).expect("truncates");
     }
     log.close().expect("closes");
+}
+
+fn lose_current(dir: &Path) {
+    fs::remove_file(dir.join("member/CURRENT")).expect("is there");
 }
 
 /// Loses the checkpoint, so that nothing of it can be read.
@@ -214,8 +219,18 @@ fn a_log_with_a_torn_end_is_refused_and_left_as_it_is() {
     let last = bytes.iter().rposition(|&byte| byte != 0).expect("a record");
     bytes[last] ^= 0x10;
     fs::write(&segment, &bytes).expect("written");
-    lose_checkpoint(dir.path());
-    for _ in 0..2 {
+    let current = fs::read(dir.path().join("member/CURRENT")).expect("read");
+    let harms: [(&str, &dyn Fn()); 3] = [
+        ("CURRENT is gone", &|| lose_current(dir.path())),
+        ("the checkpoint is gone", &|| {
+            fs::write(dir.path().join("member/CURRENT"), &current).expect("written");
+            lose_checkpoint(dir.path());
+        }),
+        ("as it was", &|| {}),
+    ];
+    for (name, harm) in harms {
+        eprintln!("{name}");
+        harm();
         let error = examine(dir.path(), 3).expect_err("it is refused");
         assert!(matches!(error, OpenError::BothDamaged { .. }), "{error}");
         assert!(fs::read(&segment).expect("read") == bytes, "it was changed");
@@ -230,6 +245,75 @@ fn a_log_with_a_torn_end_is_refused_and_left_as_it_is() {
     };
     let (_, log) = Log::open(options).expect("the last record is an empty one");
     assert_eq!(log.entries.len(), 8);
+}
+
+/// Each checkpoint that is there knows how far the log once reached, whether it is named or not.
+#[test]
+fn a_log_that_ends_before_a_checkpoint_is_refused() {
+    for members in [1, 3] {
+        for current in [None, Some("nonsense")] {
+            let dir = tempfile::tempdir().expect("a directory");
+            member(dir.path(), members, 1, 5, HardState { commit: 5, ..HARD });
+            let (generations, mut storage) =
+                DiskGenerations::open(&dir.path().join("member")).expect("opens");
+            let head = storage.get(Table::Head, records::HEAD).expect("intact").expect("there");
+            let head: CheckpointHead = prost::Message::decode(head).expect("a head");
+            let further = CheckpointHead { applied_index: 9, applied_term: 2, ..head };
+            let mut batch = Batch::new();
+            batch.put(Table::Head, records::HEAD, prost::Message::encode_to_vec(&further));
+            storage.write(batch).expect("written");
+            storage.sync().expect("synced");
+            drop((generations, storage));
+            lose_current(dir.path());
+            if let Some(text) = current {
+                fs::write(dir.path().join("member/CURRENT"), text).expect("written");
+            }
+            let error = examine(dir.path(), members).expect_err("it is refused");
+            assert!(matches!(error, OpenError::BothDamaged { .. }), "{members}: {error}");
+            assert!(error.to_string().contains("up to index 9"), "{error}");
+        }
+    }
+}
+
+/// As a crash leaves it between the damaged one's new name and the new one's.
+#[test]
+fn what_was_begun_to_heal_is_healed_without_a_name() {
+    let dir = tempfile::tempdir().expect("a directory");
+    member(dir.path(), 3, 4, 9, HARD);
+    lose_current(dir.path());
+    let at = dir.path().join("member");
+    fs::rename(at.join("ckpt-1"), at.join("damaged-ckpt-1")).expect("renamed");
+    let error = open(&place(dir.path()), &bootstrap(3, "a")).err().expect("its log was written to");
+    assert!(matches!(error, OpenError::CheckpointMissing { .. }), "{error}");
+    fs::create_dir(at.join("healing")).expect("made");
+    let mut damage = examine(dir.path(), 3).expect("its log is intact");
+    assert_eq!(damage.peer_urls(), [URLS[1], URLS[2]]);
+    let pulled = image(&damage, &bootstrap(3, "b"), 8, 2);
+    damage.replace(pulled).expect("replaced");
+    drop(damage);
+    let recovery = open(&place(dir.path()), &Bootstrap::default()).expect("opens");
+    assert_eq!(recovery.state.applied(), Mark { index: 8, term: 2 });
+}
+
+/// The log has a disk of its own, and all else is lost: its member is not a new one.
+#[test]
+fn a_log_that_is_left_alone_is_refused() {
+    let (dir, wal) = (tempfile::tempdir().expect("one"), tempfile::tempdir().expect("another"));
+    let wal_dir = Some(wal.path().join("wal"));
+    let place = Place::Disk { data_dir: dir.path().to_owned(), wal_dir, fsync: false };
+    for members in [1, 3] {
+        let bootstrap = bootstrap(members, "a");
+        let _ = fs::remove_dir_all(wal.path().join("wal"));
+        let Recovery { mut log, .. } = open(&place, &bootstrap).expect("opens");
+        log.append(&[entry(2, 2)], Some(HardState { commit: 2, ..HARD })).expect("appends");
+        log.close().expect("closes");
+        drop(log);
+        fs::remove_dir_all(dir.path().join("member")).expect("is there");
+        let error = open(&place, &bootstrap).err().expect("refused");
+        let error = Damage::examine(&place, &bootstrap, error).expect_err("refused");
+        assert!(matches!(error, OpenError::CheckpointMissing { .. }), "{error}");
+        assert!(error.to_string().contains("member remove"), "{error}");
+    }
 }
 
 #[test]

@@ -295,6 +295,9 @@ fn a_log_that_was_voted_in_is_not_begun_anew() {
         drop(log);
         lose_current(dir.path());
         let error = refusal(dir.path(), &bootstrap);
+        assert!(matches!(error, OpenError::CurrentMissing { .. }), "{error}");
+        fs::remove_dir_all(dir.path().join("member/ckpt-1")).expect("is there");
+        let error = refusal(dir.path(), &bootstrap);
         assert!(matches!(error, OpenError::CheckpointMissing { .. }), "{error}");
     }
 }
