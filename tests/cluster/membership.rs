@@ -174,7 +174,12 @@ async fn life(program: &Path, is_encrypted: bool) -> Transcript {
         (1, vec!["member", "update", m4.as_str(), "--peer-urls", &cluster[0].peer_url()]),
         (2, vec!["move-leader", m4.as_str()]),
     ] {
-        let said = cluster.etcdctl(at, &arguments).await;
+        // Each member's connections have to have lasted for a while, before it says anything else.
+        let said = until("the member to find the cluster healthy", || async {
+            let said = cluster.etcdctl(at, &arguments).await;
+            Some(said).filter(|said| !said.err.contains("unhealthy cluster"))
+        })
+        .await;
         seen(&mut lines, &names, &format!("{} {}", arguments[0], arguments[1]), &said);
     }
     let promoted = hex(ids[0]);
