@@ -5,7 +5,8 @@
 //!
 //! It holds what is not applied yet, which the engine's admission bounds, and of what is
 //! applied the last entries for a member that is a little behind: at most
-//! `--snapshot-catchup-entries` of them and [`APPLIED_BYTES_MAX`]. A member that is further
+//! `--snapshot-catchup-entries` of them, or as many as follow a snapshot that a member is
+//! being sent, and [`APPLIED_BYTES_MAX`]. A member that is further
 //! behind gets a snapshot, although the log on disk may reach further back: that is read
 //! when the member starts, and not beside it.
 
@@ -26,7 +27,7 @@ const APPLIED_BYTES_MAX_ALONE: usize = 4 * 1024 * 1024;
 /// Entries `start.index + 1 ..= last_index()`, and the newest hard state.
 pub struct LogCache {
     start: Mark,
-    /// Data of all entries held.
+    /// What all entries held take.
     bytes: usize,
     entries: VecDeque<eraftpb::Entry>,
     hard_state: HardState,
@@ -94,8 +95,10 @@ impl LogCache {
         let kept = first.index.saturating_sub(self.start.index + 1);
         let kept = usize::try_from(kept).unwrap_or(usize::MAX).min(self.entries.len());
         self.bytes -= self.entries.drain(kept..).map(|entry| size(&entry)).sum::<usize>();
-        self.entries.extend(entries.iter().map(to_raft));
-        self.bytes += entries.iter().map(|entry| entry.data.len()).sum::<usize>();
+        for entry in entries.iter().map(to_raft) {
+            self.bytes += size(&entry);
+            self.entries.push_back(entry);
+        }
     }
 
     pub(super) fn set_hard_state(&mut self, hard_state: HardState) {
@@ -209,7 +212,7 @@ fn conf_state(configuration: &Configuration) -> ConfState {
 }
 
 fn size(entry: &eraftpb::Entry) -> usize {
-    entry.data.len()
+    size_of::<eraftpb::Entry>() + entry.data.len() + entry.context.len()
 }
 
 fn to_raft(entry: &Entry) -> eraftpb::Entry {

@@ -36,7 +36,7 @@ mod change;
 mod drain;
 mod message;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use protobuf::Message as _;
@@ -201,6 +201,13 @@ pub struct Node {
     /// The newest of them that has another term or vote than the one on disk; 0: none.
     promised: u64,
     catch_up_entries: u64,
+    /// Ticks so far.
+    ticks: u64,
+    /// Members that have an image in force and not yet what was written meanwhile, with the
+    /// tick at which each was last heard of.
+    catching_up: BTreeMap<u64, u64>,
+    /// Members that were probed once more since the last tick.
+    probed_again: BTreeSet<u64>,
     /// The hard state changed since the last write.
     hard_state_is_new: bool,
     /// Messages that say what is on disk, with the number of the write that has to be first.
@@ -323,6 +330,9 @@ impl Node {
             unpersisted: 0,
             promised: 0,
             catch_up_entries: start.catch_up_entries,
+            ticks: 0,
+            catching_up: BTreeMap::new(),
+            probed_again: BTreeSet::new(),
             hard_state_is_new: false,
             held: VecDeque::new(),
             released: Vec::new(),
@@ -342,6 +352,11 @@ impl Node {
     /// asserts it), so its election clock stands still meanwhile.
     pub fn tick(&mut self) {
         let leads = self.raw.raft.state == StateRole::Leader;
+        self.ticks += 1;
+        self.probed_again.clear();
+        if !leads {
+            self.catching_up.clear();
+        }
         if !leads && self.unpersisted != 0 {
             return;
         }
@@ -394,10 +409,43 @@ impl Node {
             self.raw.raft.msgs.push(refusal(&self.raw.raft, &message));
             return Ok(());
         }
+        let (from, kind) = (message.from, message.get_msg_type());
+        if let Some(heard) = self.catching_up.get_mut(&from) {
+            *heard = self.ticks;
+        }
+        let is_probed_already = self.is_probed(from);
+        let said_before = self.raw.raft.msgs.len();
         // What raft refuses is of a member that it does not know (yet, or any more).
         let _ = self.raw.step(message);
+        if kind == MessageType::MsgHeartbeatResponse && is_probed_already {
+            self.shorten_probe(from, said_before);
+        }
         self.be_patient();
         Ok(())
+    }
+
+    /// Whether a member was sent entries to find out how far it is, and has not answered.
+    fn is_probed(&self, id: u64) -> bool {
+        let progress = self.raw.raft.prs().get(id);
+        progress.is_some_and(|progress| progress.state == ProgressState::Probe && progress.paused)
+    }
+
+    /// With each answer to a heartbeat raft-rs, as etcd, takes a probe for lost, and sends it
+    /// again with as many entries as a message holds. A member that was deaf for a while
+    /// answers many heartbeats at once. One entry in each heartbeat interval does it; with none,
+    /// its acknowledgement would be taken for an old one.
+    fn shorten_probe(&mut self, to: u64, said_before: usize) {
+        let is_first = self.probed_again.insert(to);
+        let messages = &mut self.raw.raft.msgs;
+        for mut message in messages.split_off(said_before.min(messages.len())) {
+            let is_probe = message.to == to && message.get_msg_type() == MessageType::MsgAppend;
+            if is_probe {
+                message.entries.truncate(1);
+            }
+            if is_first || !is_probe {
+                messages.push(message);
+            }
+        }
     }
 
     /// The connection to a member broke: it may be gone. If that is the leader, this member
@@ -572,6 +620,9 @@ impl Node {
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
         self.raw.mut_store().withdraw_offer(to);
+        if is_in_force {
+            self.catching_up.insert(to, self.ticks);
+        }
         self.raw.report_snapshot(to, status);
     }
 
@@ -605,7 +656,7 @@ impl Node {
     }
 
     /// Everything up to `index` is applied, of which the last entries are kept, and those
-    /// that a member will need which is being sent a snapshot.
+    /// that a member will need which is being sent a snapshot, or has just got one.
     pub fn applied(&mut self, index: u64) {
         if self.installing.is_some() {
             // Raft would not believe it before the image is in force, and what the image
@@ -613,16 +664,24 @@ impl Node {
             return;
         }
         self.raw.advance_apply_to(index);
-        let needed = self
-            .raw
-            .raft
-            .prs()
-            .iter()
-            .filter(|(_, progress)| progress.state == ProgressState::Snapshot)
-            .map(|(_, progress)| progress.pending_snapshot)
-            .min();
         let keep = index.saturating_sub(self.catch_up_entries);
-        self.raw.mut_store().forget_applied(index, needed.unwrap_or(keep).min(keep));
+        let forget = self.needed_behind(keep).unwrap_or(keep);
+        self.raw.mut_store().forget_applied(index, forget);
+    }
+
+    /// Behind which index, before `keep`, others need the log because of their snapshots.
+    fn needed_behind(&mut self, keep: u64) -> Option<u64> {
+        let members = self.raw.raft.prs();
+        let (now, patience) = (self.ticks, self.patience.election_ticks as u64);
+        self.catching_up.retain(|id, heard| {
+            let has = members.get(*id).map_or(keep, goes_on_behind);
+            has < keep && now - *heard <= patience
+        });
+        let is_helped = |id: &u64, progress: &raft::Progress| {
+            progress.state == ProgressState::Snapshot || self.catching_up.contains_key(id)
+        };
+        let helped = members.iter().filter(|(id, progress)| is_helped(id, progress));
+        helped.map(|(_, progress)| goes_on_behind(progress)).filter(|has| *has < keep).min()
     }
 
     /// The log held here begins behind this index: a snapshot has to reach at least there.
@@ -824,6 +883,15 @@ fn refusal(raft: &raft::Raft<LogCache>, of: &eraftpb::Message) -> eraftpb::Messa
     refusal.term = raft.term;
     refusal.reject = true;
     refusal
+}
+
+/// The entry behind which a member will be sent the log.
+fn goes_on_behind(progress: &raft::Progress) -> u64 {
+    match progress.state {
+        ProgressState::Snapshot => progress.pending_snapshot,
+        ProgressState::Probe => progress.next_idx.saturating_sub(1),
+        ProgressState::Replicate => progress.matched,
+    }
 }
 
 fn read_ready(state: &raft::ReadState) -> Option<ReadReady> {

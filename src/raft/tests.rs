@@ -179,7 +179,7 @@ fn applied_entries_are_kept_up_to_a_size() {
     let mut node = empty();
     lead(&mut node);
     for _ in 0..6 {
-        node.propose(vec![0; 1024 * 1024].into()).expect("leader");
+        node.propose(vec![0; 1023 * 1024].into()).expect("leader");
         settle(&mut node);
     }
     let first = raft::Storage::first_index(node.raw.store()).expect("a first index");
@@ -566,6 +566,100 @@ fn a_member_that_is_far_behind_is_sent_a_snapshot_that_was_offered() {
     }
     let last = three.committed[&behind].last().unwrap();
     assert_eq!(command(last), Some(&Bytes::from_static(b"more")));
+}
+
+/// What was written while the image was on its way is more than the log keeps.
+#[test]
+fn the_log_behind_an_image_is_kept_until_the_member_has_it() {
+    let mut three = Cluster::new();
+    let leader = three.elect();
+    let behind = 1 + leader % 3;
+    let write = |three: &mut Cluster, times: u8| {
+        for value in 0..times {
+            three.node(leader).propose(vec![value].into()).unwrap();
+            three.settle();
+        }
+    };
+    three.cut_off = vec![behind];
+    write(&mut three, 20);
+    three.cut_off.clear();
+    three.tick();
+    assert!(three.wanted.contains(&behind));
+    let mark = Mark { index: three.node(leader).committed(), term: three.node(leader).term() };
+    let configuration = Configuration { voters: vec![1, 2, 3], learners: vec![] };
+    three.node(leader).offer_snapshot(behind, mark, &configuration);
+    write(&mut three, 20);
+    three.tick();
+    let (id, install) = three.installs.pop().unwrap();
+    assert_eq!((id, install.mark), (behind, mark), "nothing newer is needed");
+    three.wanted.clear();
+    write(&mut three, 20);
+    three.node(behind).persisted(install.number);
+    three.node(behind).applied(mark.index);
+
+    // That the image is in force is known before the member says anything.
+    three.cut_off = vec![behind];
+    three.node(leader).report_snapshot(behind, true);
+    write(&mut three, 20);
+    three.cut_off.clear();
+    three.tick();
+    three.tick();
+    assert!(three.wanted.is_empty(), "no second image");
+    let last = three.committed[&behind].last().unwrap().index;
+    assert_eq!(last, three.node(leader).committed());
+
+    // Who is not heard of any more is waited for no longer.
+    three.cut_off = vec![behind];
+    write(&mut three, 20);
+    for _ in 0..30 {
+        three.tick();
+    }
+    write(&mut three, 1);
+    let last = three.node(leader).committed();
+    assert_eq!(three.node(leader).log_start(), last - 5);
+}
+
+/// It was deaf for a while, and answers all heartbeats at once.
+#[test]
+fn each_answer_of_a_member_that_is_probed_is_not_a_reason_to_send_it_everything() {
+    const MIB: usize = 1024 * 1024;
+    let configuration = Configuration { voters: vec![1, 2, 3], learners: vec![] };
+    let mut three =
+        Cluster::of([1, 2, 3].map(|id| Start {
+            catch_up_entries: 100,
+            ..of_a_new_cluster(id, configuration.clone())
+        }));
+    let leader = three.elect();
+    let behind = 1 + leader % 3;
+    three.cut_off = vec![behind];
+    for _ in 0..8 {
+        three.node(leader).propose(vec![0; MIB / 2].into()).unwrap();
+    }
+    three.node(leader).report_unreachable(behind);
+    three.settle();
+    let answer = eraftpb::Message {
+        msg_type: MessageType::MsgHeartbeatResponse,
+        from: behind,
+        to: leader,
+        term: three.node(leader).term(),
+        ..eraftpb::Message::default()
+    };
+    let answer = answer.write_to_bytes().unwrap();
+    for _ in 0..3 {
+        three.node(leader).tick();
+        for _ in 0..100 {
+            three.node(leader).step(&answer).unwrap();
+        }
+    }
+    let sent = three.node(leader).effects().unwrap().unwrap().messages;
+    let bytes: usize = sent.iter().map(|message| message.bytes.len()).sum();
+    assert!(bytes >= MIB / 2, "it is probed all the same");
+    assert!(bytes < 4 * MIB, "{bytes} bytes");
+    three.cut_off.clear();
+    three.tick();
+    three.tick();
+    let last = three.committed[&behind].last().unwrap().index;
+    assert_eq!(last, three.node(leader).committed());
 }
 
 /// Raft's message for a snapshot of everything up to `mark`.
