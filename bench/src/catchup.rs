@@ -7,7 +7,8 @@
 //!
 //! The log keeps so little (`--snapshot-count`, `--snapshot-catchup-entries`) that only a
 //! snapshot helps. Meanwhile there are writes to the leader, `--write-rate` per second, and
-//! a compaction every second. What is measured is the time from the last start until the
+//! a compaction every second. With `--send-bytes-per-sec` kvorum's leader sends no faster than
+//! that; etcd's cannot be told to. What is measured is the time from the last start until the
 //! member is as far as the leader, and how much more memory the leader held at any
 //! time since the first start than it did under the same load before. At the end the
 //! member must have the leader's hash.
@@ -54,6 +55,8 @@ const USUAL: u64 = 10;
 /// Time between two compactions, and revisions they keep.
 const COMPACTION: Duration = Duration::from_secs(1);
 const KEPT_REVISIONS: i64 = 1_000;
+/// What kvorum is told how fast it may send; etcd does not know it.
+const SEND_LIMIT: &str = "KVORUM_SNAPSHOT_SEND_BYTES_PER_SEC";
 /// How often the leader's memory is looked at.
 const SAMPLE: Duration = Duration::from_millis(20);
 /// How long to wait for a member's answer before its files are looked at again: a member
@@ -80,16 +83,23 @@ pub async fn run(mut args: Args) -> Result<(), Box<dyn Error>> {
     let options = Options::from(&mut args)?;
     let size_mib = args.number("size", 1_024)?.max(1);
     let rate = args.number("write-rate", 200)?.max(1);
+    let limit = args.optional("send-bytes-per-sec")?;
     args.finish()?;
+    let environment: Vec<_> =
+        limit.map(|bytes| (SEND_LIMIT, bytes.to_string())).into_iter().collect();
     let mut sides = Vec::new();
     for program in &options.programs {
-        let measured = measure(program, &options.directory, size_mib * MIB, rate).await;
+        let measured =
+            measure(program, &environment, &options.directory, size_mib * MIB, rate).await;
         sides.push(measured.map_err(|error| format!("{}: {error}", program.display()))?);
     }
     let [etcd, kvorum] = &sides[..] else { return Err("nothing was measured".into()) };
     println!(
-        "A member that is {size_mib} MiB behind catches up: {}; {rate} writes per second meanwhile.\n",
-        report::contestants(&options.programs)
+        "A member that is {size_mib} MiB behind catches up: {}; {rate} writes per second meanwhile{}.\n",
+        report::contestants(&options.programs),
+        limit
+            .map(|bytes| format!("; kvorum sends at most {bytes} bytes per second"))
+            .unwrap_or_default(),
     );
     println!("| | etcd | kvorum |\n|---|---|---|");
     let row = |name: &str, value: fn(&Measured) -> String| {
@@ -121,6 +131,7 @@ fn broken(kvorum: &Measured) -> Vec<String> {
 
 async fn measure(
     program: &Path,
+    environment: &[(&'static str, String)],
     parent: &Path,
     size: usize,
     rate: usize,
@@ -130,7 +141,7 @@ async fn measure(
         ["--snapshot-catchup-entries", LOG_ENTRIES],
         ["--quota-backend-bytes", "8589934592"],
     ];
-    let mut cluster = Cluster::start(program, parent, &flags.concat()).await?;
+    let mut cluster = Cluster::start_in(environment, program, parent, &flags.concat()).await?;
     let leader = cluster.leader().await?;
     let receiver = (leader + 1) % MEMBERS;
     cluster.stop(receiver).await?;

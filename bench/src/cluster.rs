@@ -104,6 +104,7 @@ struct Member {
     program: PathBuf,
     directory: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Drop for Cluster {
@@ -123,6 +124,16 @@ impl Cluster {
     /// Starts three members of `program` below `parent` with `flags` besides their
     /// addresses, and waits until they are [`settled`](Self::settled).
     pub async fn start(program: &Path, parent: &Path, flags: &[&str]) -> Result<Cluster, Failure> {
+        Cluster::start_in(&[], program, parent, flags).await
+    }
+
+    /// The same, with variables of the environment that are set besides those of this process.
+    pub async fn start_in(
+        environment: &[(&'static str, String)],
+        program: &Path,
+        parent: &Path,
+        flags: &[&str],
+    ) -> Result<Cluster, Failure> {
         let ports: [u16; 2 * MEMBERS] = free_ports()?;
         let url = |port: u16| format!("http://127.0.0.1:{port}");
         let (clients, peers) = ports.split_at(MEMBERS);
@@ -157,6 +168,7 @@ impl Cluster {
                 program: program.to_owned(),
                 directory,
                 arguments: own.concat().iter().chain(flags).map(ToString::to_string).collect(),
+                environment: environment.to_vec(),
             });
         }
         for index in 0..MEMBERS {
@@ -221,6 +233,7 @@ impl Cluster {
         let log = File::options().create(true).append(true).open(member.directory.join("log"))?;
         let child = Command::new(&member.program)
             .args(&member.arguments)
+            .envs(member.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

@@ -102,6 +102,7 @@ flags of cluster, failover, rolling and snapshot-catchup
   --go-client PATH          the program of tests/judge/client (target/judge/client; rolling)
   --size MIB                the state a member must catch up with (1024; snapshot-catchup)
   --write-rate N            writes per second meanwhile (200; snapshot-catchup)
+  --send-bytes-per-sec N    how fast kvorum's leader sends it (unlimited; snapshot-catchup)
 
 flags of sliding-window, defragment and snapshot
   --etcd, --kvorum, --dir, --assert, --only NAME (etcd or kvorum)
