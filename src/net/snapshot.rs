@@ -12,7 +12,8 @@
 //! Bytes are counted and passed on, not understood: what an image is, `storage::image` knows.
 //!
 //! * **Interrupted**: what has arrived is kept for [`SPOOL_KEPT_MAX`], and the next attempt with
-//!   the same id goes on behind it. Both ends notice within [`STALL_MAX`].
+//!   the same id goes on behind it. Both ends notice within [`STALL_MAX`]. Who was killed
+//!   has nothing of it any more, and is sent a newer one ([`SendError::Forgotten`]).
 //! * **Repeated**: an image that was installed before is received again, handed over, and found
 //!   to be of no use there; that is no error.
 //! * **At the same time**: images of two senders have two ids and two spools, of which there are
@@ -49,6 +50,8 @@ pub const STALL_MAX: Duration = Duration::from_secs(30);
 /// How long what has arrived of an interrupted transfer is kept. Longer than the sender keeps
 /// its side.
 pub const SPOOL_KEPT_MAX: Duration = Duration::from_secs(90);
+/// A throttle that was late, or had nothing to send, hurries for so long.
+const OVERDUE_MAX: Duration = Duration::from_millis(100);
 /// How often the receiver gives a sign of life while the sender waits for the end.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(5);
 /// Answers that wait for the transport.
@@ -105,6 +108,9 @@ pub enum SendError {
     /// The receiver has more than there is, or what it got was not as it was sent.
     #[error("what the receiver has of the snapshot is not what was sent")]
     Mismatch,
+    /// What the receiver had of the image is not there any more: a newer one is better.
+    #[error("the snapshot's receiver has lost what it had of it, and is sent a new one")]
+    Forgotten,
     /// The image cannot be made any more.
     #[error(transparent)]
     Lost(#[from] ImageLost),
@@ -116,7 +122,7 @@ impl SendError {
         match self {
             SendError::Refused(status) => status.code() != Code::DataLoss,
             SendError::Stalled | SendError::Ended => true,
-            SendError::Mismatch | SendError::Lost(_) => false,
+            SendError::Mismatch | SendError::Forgotten | SendError::Lost(_) => false,
         }
     }
 }
@@ -150,6 +156,9 @@ where
     call.progress = Some(answered.into_inner());
 
     let received = heard(&mut call.progress).await?.received;
+    if received == 0 && image.offset() > 0 {
+        return Err(SendError::Forgotten);
+    }
     let mut throttle = Throttle::new(bytes_per_sec);
     let mut chunk = seek(image, received).await?;
     while let Some(data) = chunk {
@@ -253,7 +262,9 @@ impl Throttle {
         }
         sleep_until(self.next).await;
         let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec as f64);
-        self.next = self.next.max(Instant::now()) + takes;
+        // Sleep lasts longer than it is asked to: what is lost by that is made up for.
+        let overdue = Instant::now().saturating_duration_since(self.next).min(OVERDUE_MAX);
+        self.next = Instant::now() - overdue + takes;
     }
 }
 

@@ -79,6 +79,9 @@ pub struct Start {
     pub election_ticks: usize,
     /// `--snapshot-catchup-entries`: applied entries kept for a member that is behind.
     pub catch_up_entries: u64,
+    /// Ticks for which a snapshot whose transfer was interrupted may go on: so long the log
+    /// behind it is kept.
+    pub resume_ticks: u64,
     /// `--pre-vote`.
     pub pre_vote: bool,
     /// Decides how long this member waits before it campaigns, within one and two election
@@ -203,9 +206,9 @@ pub struct Node {
     catch_up_entries: u64,
     /// Ticks so far.
     ticks: u64,
-    /// Members that have an image in force and not yet what was written meanwhile, with the
-    /// tick at which each was last heard of.
-    catching_up: BTreeMap<u64, u64>,
+    resume_ticks: u64,
+    /// Members of which a snapshot is under way no more, and which will need the log behind it.
+    catching_up: BTreeMap<u64, CatchingUp>,
     /// Members that were probed once more since the last tick.
     probed_again: BTreeSet<u64>,
     /// The hard state changed since the last write.
@@ -244,6 +247,17 @@ impl Planted {
             change => change,
         }
     }
+}
+
+/// A member that a snapshot brought near, or will.
+#[derive(Debug, Clone, Copy)]
+struct CatchingUp {
+    /// It needs the log behind this index.
+    behind: u64,
+    /// Whether the snapshot is in force there. If not, its transfer may go on.
+    is_in_force: bool,
+    /// It is waited for up to this tick.
+    until: u64,
 }
 
 /// How long a node waits for a leader before it campaigns. raft-rs draws a random number
@@ -331,6 +345,7 @@ impl Node {
             promised: 0,
             catch_up_entries: start.catch_up_entries,
             ticks: 0,
+            resume_ticks: start.resume_ticks,
             catching_up: BTreeMap::new(),
             probed_again: BTreeSet::new(),
             hard_state_is_new: false,
@@ -410,8 +425,10 @@ impl Node {
             return Ok(());
         }
         let (from, kind) = (message.from, message.get_msg_type());
-        if let Some(heard) = self.catching_up.get_mut(&from) {
-            *heard = self.ticks;
+        if let Some(member) = self.catching_up.get_mut(&from)
+            && member.is_in_force
+        {
+            member.until = self.ticks + self.patience.election_ticks as u64;
         }
         let is_probed_already = self.is_probed(from);
         let said_before = self.raw.raft.msgs.len();
@@ -620,8 +637,13 @@ impl Node {
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
         self.raw.mut_store().withdraw_offer(to);
-        if is_in_force {
-            self.catching_up.insert(to, self.ticks);
+        let progress = self.raw.raft.prs().get(to);
+        let may_go_on = |of: &&raft::Progress| of.state == ProgressState::Snapshot;
+        if let Some(progress) = progress.filter(|of| is_in_force || may_go_on(of)) {
+            let patience =
+                if is_in_force { self.patience.election_ticks as u64 } else { self.resume_ticks };
+            let (behind, until) = (goes_on_behind(progress), self.ticks + patience);
+            self.catching_up.insert(to, CatchingUp { behind, is_in_force, until });
         }
         self.raw.report_snapshot(to, status);
     }
@@ -656,7 +678,8 @@ impl Node {
     }
 
     /// Everything up to `index` is applied, of which the last entries are kept, and those
-    /// that a member will need which is being sent a snapshot, or has just got one.
+    /// that a member will need which is being sent a snapshot, has just got one, or may be sent
+    /// the rest of one.
     pub fn applied(&mut self, index: u64) {
         if self.installing.is_some() {
             // Raft would not believe it before the image is in force, and what the image
@@ -671,17 +694,17 @@ impl Node {
 
     /// Behind which index, before `keep`, others need the log because of their snapshots.
     fn needed_behind(&mut self, keep: u64) -> Option<u64> {
-        let members = self.raw.raft.prs();
-        let (now, patience) = (self.ticks, self.patience.election_ticks as u64);
-        self.catching_up.retain(|id, heard| {
-            let has = members.get(*id).map_or(keep, goes_on_behind);
-            has < keep && now - *heard <= patience
+        let (members, now) = (self.raw.raft.prs(), self.ticks);
+        self.catching_up.retain(|id, member| {
+            let goes_on = members.get(*id).map_or(keep, goes_on_behind);
+            member.behind = member.behind.max(goes_on);
+            member.behind < keep && now <= member.until
         });
-        let is_helped = |id: &u64, progress: &raft::Progress| {
-            progress.state == ProgressState::Snapshot || self.catching_up.contains_key(id)
-        };
-        let helped = members.iter().filter(|(id, progress)| is_helped(id, progress));
-        helped.map(|(_, progress)| goes_on_behind(progress)).filter(|has| *has < keep).min()
+        let are_sent_one =
+            members.iter().filter(|(_, progress)| progress.state == ProgressState::Snapshot);
+        let needed = are_sent_one.map(|(_, progress)| goes_on_behind(progress));
+        let needed = needed.chain(self.catching_up.values().map(|member| member.behind));
+        needed.filter(|behind| *behind < keep).min()
     }
 
     /// The log held here begins behind this index: a snapshot has to reach at least there.

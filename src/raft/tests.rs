@@ -3,6 +3,8 @@ use raft::eraftpb::EntryType;
 
 use super::*;
 
+const RESUME_TICKS: u64 = 40;
+
 /// An entry of the log that holds a command.
 fn command_entry(index: u64, term: u64, data: Bytes) -> Entry {
     Entry { index, term, kind: EntryType::EntryNormal as u8, data, context: Bytes::new() }
@@ -19,6 +21,7 @@ fn lone(hard_state: HardState, start: Mark, entries: Vec<Entry>, applied: u64) -
         id: 7,
         election_ticks: 10,
         catch_up_entries: 5,
+        resume_ticks: RESUME_TICKS,
         pre_vote: true,
         seed: 0,
         hard_state,
@@ -147,6 +150,7 @@ fn a_log_that_lost_its_end_is_refused() {
         id: 7,
         election_ticks: 10,
         catch_up_entries: 5,
+        resume_ticks: RESUME_TICKS,
         pre_vote: true,
         seed: 0,
         hard_state: HardState { term: 2, vote: 7, commit: 9 },
@@ -215,6 +219,7 @@ fn of_a_new_cluster(id: u64, configuration: Configuration) -> Start {
         id,
         election_ticks: 10,
         catch_up_entries: 5,
+        resume_ticks: RESUME_TICKS,
         pre_vote: true,
         seed: 7,
         hard_state: HardState { term: 1, vote: 0, commit: 1 },
@@ -614,6 +619,45 @@ fn the_log_behind_an_image_is_kept_until_the_member_has_it() {
     for _ in 0..30 {
         three.tick();
     }
+    write(&mut three, 1);
+    let last = three.node(leader).committed();
+    assert_eq!(three.node(leader).log_start(), last - 5);
+}
+
+/// Its transfer was interrupted, and may go on while what follows the image is there.
+#[test]
+fn the_log_behind_an_interrupted_image_is_kept_while_the_transfer_may_go_on() {
+    let mut three = Cluster::new();
+    let leader = three.elect();
+    let behind = 1 + leader % 3;
+    let write = |three: &mut Cluster, times: u8| {
+        for value in 0..times {
+            three.node(leader).propose(vec![value].into()).unwrap();
+            three.settle();
+        }
+    };
+    three.cut_off = vec![behind];
+    write(&mut three, 20);
+    three.cut_off.clear();
+    three.tick();
+    let mark = Mark { index: three.node(leader).committed(), term: three.node(leader).term() };
+    let configuration = Configuration { voters: vec![1, 2, 3], learners: vec![] };
+    three.node(leader).offer_snapshot(behind, mark, &configuration);
+    three.tick();
+    three.installs.clear();
+    write(&mut three, 20);
+
+    three.node(leader).report_snapshot(behind, false);
+    write(&mut three, 20);
+    assert_eq!(three.node(leader).log_start(), mark.index, "as long as it may go on");
+
+    three.cut_off = vec![behind];
+    for _ in 0..RESUME_TICKS {
+        three.tick();
+    }
+    write(&mut three, 1);
+    assert_eq!(three.node(leader).log_start(), mark.index, "until its time is over");
+    three.tick();
     write(&mut three, 1);
     let last = three.node(leader).committed();
     assert_eq!(three.node(leader).log_start(), last - 5);

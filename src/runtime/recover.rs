@@ -816,6 +816,7 @@ pub(crate) fn start(state: &StateMachine, recovered: Recovered) -> Start {
         id: recovered.identity.member_id,
         election_ticks: 0,
         catch_up_entries: 0,
+        resume_ticks: 0,
         pre_vote: true,
         seed: 0,
         hard_state: recovered.hard_state,

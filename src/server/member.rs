@@ -37,7 +37,7 @@ use crate::runtime::forwarder::{self, PeerForwarder};
 use crate::runtime::gauges::Gauges;
 use crate::runtime::hashes::{self, CompactionHashes};
 use crate::runtime::history::StateHistory;
-use crate::runtime::image::Images;
+use crate::runtime::image::{Images, RESUME_MAX};
 use crate::runtime::leases::{LeaseClock, LeaseDuty};
 use crate::runtime::log_thread::LogThread;
 use crate::runtime::outbox::PeerOutbox;
@@ -459,6 +459,7 @@ async fn recover(
     start.pre_vote = config.pre_vote;
     start.seed = getrandom::u64()?;
     start.catch_up_entries = config.snapshot_catchup();
+    start.resume_ticks = RESUME_MAX.div_duration_f64(limits.heartbeat) as u64;
     tracing::info!(
         member_id = format!("{:x}", identity.member_id),
         cluster_id = format!("{:x}", identity.cluster_id),

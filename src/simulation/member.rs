@@ -74,6 +74,8 @@ pub(super) struct Timing {
     pub(super) snapshot_entries: u64,
     /// So many are kept for members that are behind.
     pub(super) entries_kept: u64,
+    /// The log behind a snapshot that was interrupted is kept for so long.
+    pub(super) resume_ticks: u64,
 }
 
 /// What members say to each other beside raft's messages: a command for the leader.
@@ -229,6 +231,7 @@ impl Life {
         start.pre_vote = timing.pre_vote;
         start.seed = random.next();
         start.catch_up_entries = timing.entries_kept;
+        start.resume_ticks = timing.resume_ticks;
         let recovered_index = start.entries.last().map_or(start.start.index, |entry| entry.index);
         let mut node = Node::new(start).map_err(|error| violation(&error))?;
         node.planted.sends_before_fsync = planted == Planted::SendsBeforeFsync;

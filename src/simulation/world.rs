@@ -98,6 +98,7 @@ impl Nature {
                 pre_vote: random.chance(800),
                 snapshot_entries,
                 entries_kept,
+                resume_ticks: random.below(50),
             },
             chaos_us: random.between(3, 9) * SECOND,
             loss: if random.chance(500) { random.below(100) } else { 0 },

@@ -181,12 +181,25 @@ async fn an_image_is_refused_and_given_up_when_the_disk_has_no_room_for_it() {
     assert_eq!(std::fs::read_dir(dir.path()).expect("the directory").count(), 0);
 }
 
+/// What was written since the image was made would be more for it to catch up with than a new
+/// image leaves.
+#[tokio::test]
+async fn an_image_is_not_sent_again_from_its_beginning_to_who_has_nothing_of_it() {
+    let (incoming, mut arrived) = receiver(None);
+    let mut image = Made::new(7, 20);
+    image.offset = 1;
+    let error = send_to(&incoming, &mut image).await.expect_err("it has lost what it had");
+    assert!(matches!(error, SendError::Forgotten), "{error}");
+    assert!(!error.may_be_resumed());
+    assert!(arrived.try_recv().is_err());
+}
+
 /// Wherever it was interrupted, and wherever the sender then is, what has arrived is not sent
 /// again.
 #[tokio::test]
 async fn an_interrupted_image_goes_on_where_it_was() {
     let whole = Made::new(7, 20);
-    for offset in (0..whole.bytes.len()).step_by(37) {
+    for offset in (1..whole.bytes.len()).step_by(37) {
         for ahead in [0, offset, whole.bytes.len()] {
             let (incoming, mut arrived) = receiver(None);
             let first = ByHand::begin(&incoming, 7);
@@ -317,6 +330,27 @@ async fn nobody_waits_for_ever_and_nothing_is_kept_for_ever() {
     let mut image = Made::new(2, 100);
     let error = send(PeerClient::new(deaf), &mut image, Bytes::new(), 0).await;
     assert!(matches!(error, Err(SendError::Stalled)), "{error:?}");
+}
+
+/// The clock that it sleeps by has ticks of a millisecond.
+#[tokio::test(start_paused = true)]
+async fn a_throttle_is_as_fast_as_it_says() {
+    let mut throttle = Throttle::new(1500);
+    let began = Instant::now();
+    for _ in 0..1500 {
+        throttle.admit(1).await;
+    }
+    let took = began.elapsed().as_secs_f64();
+    assert!((0.9..1.01).contains(&took), "{took} s for one second's worth");
+
+    // What was not used is not made up for.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    let began = Instant::now();
+    for _ in 0..1500 {
+        throttle.admit(1).await;
+    }
+    let took = began.elapsed().as_secs_f64();
+    assert!((0.85..1.01).contains(&took), "{took} s for one second's worth");
 }
 
 #[tokio::test(start_paused = true)]

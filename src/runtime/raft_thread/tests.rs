@@ -20,6 +20,7 @@ fn node_of(id: u64, configuration: Configuration) -> Node {
         id,
         election_ticks: 10,
         catch_up_entries: 5,
+        resume_ticks: 0,
         pre_vote: true,
         seed: id,
         hard_state: HardState { term: 1, vote: 0, commit: 1 },
