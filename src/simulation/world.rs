@@ -98,7 +98,8 @@ impl Nature {
                 pre_vote: random.chance(800),
                 snapshot_entries,
                 entries_kept,
-                resume_ticks: random.below(50),
+                // Not drawn, or every seed would be another one from here on.
+                resume_ticks: snapshot_entries,
             },
             chaos_us: random.between(3, 9) * SECOND,
             loss: if random.chance(500) { random.below(100) } else { 0 },
