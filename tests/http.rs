@@ -11,7 +11,8 @@ use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::process::{PATIENCE, Started, free_port, messages, strings, until};
+use common::ports::free_port;
+use common::process::{PATIENCE, Started, messages, strings, until};
 use common::server::{TestServer, kvorum};
 use common::{http, judge};
 use serde_json::{Value, json};

@@ -23,7 +23,8 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use common::judge::{self, Judges};
-use common::process::{Started, free_port, strings, until};
+use common::ports::free_port;
+use common::process::{Started, strings, until};
 use common::rng::Rng;
 use common::{http, server};
 use kvorum::bolt::format::fnv1a;

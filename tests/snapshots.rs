@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bytes::Bytes;
-use common::process::{Started, free_port, messages, strings, until};
+use common::ports::free_port;
+use common::process::{Started, messages, strings, until};
 use common::scrape::Scrape;
 use common::server::kvorum;
 use common::{http, judge};

@@ -12,7 +12,8 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 
 use common::ca::Ca;
-use common::process::{Started, free_port, messages, strings, until};
+use common::ports::free_port;
+use common::process::{Started, messages, strings, until};
 use common::server::kvorum;
 use common::{http, judge};
 use serde_json::Value;

@@ -215,7 +215,7 @@ async fn life(program: &Path, is_encrypted: bool) -> Transcript {
 
     // It moves.
     cluster[new].terminate().await;
-    cluster[new].peer_port = crate::rig::free_port();
+    cluster[new].peer_port = crate::common::ports::free_port();
     let url = format!("--peer-urls={}", cluster[new].peer_url());
     let said = cluster.etcdctl_until(1, &["member", "update", &m4, &url]).await;
     let names = mask(&cluster).await;

@@ -13,7 +13,8 @@ use prost::Message as _;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::rig::{Cluster, PATIENCE, free_port, get, put, soon, until};
+use crate::common::ports::free_port;
+use crate::rig::{Cluster, PATIENCE, get, put, soon, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn everything_is_there_after_all_members_were_stopped_or_killed() {

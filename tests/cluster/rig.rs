@@ -4,10 +4,8 @@
 //! compare what a client was told.
 
 use std::future::Future;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use kvorum::pb::etcdserverpb as pb;
@@ -22,6 +20,7 @@ use tonic::Status;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::common::ca::Ca;
+use crate::common::ports::free_port;
 use crate::common::{http, judge, server};
 
 /// How long anything may take before the test fails.
@@ -521,22 +520,5 @@ impl Cluster {
             client.member_add(request.clone()).await.ok().map(tonic::Response::into_inner)
         })
         .await
-    }
-}
-
-/// A port nobody listens on, below the range of outgoing connections, which no other test of
-/// this process was given.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    // Where a process begins is by chance; then one after the other.
-    if NEXT.load(Ordering::Relaxed) == 0 {
-        let first = 11_000 + (getrandom::u32().unwrap() % 20_000) as u16;
-        let _ = NEXT.compare_exchange(0, first, Ordering::Relaxed, Ordering::Relaxed);
-    }
-    loop {
-        let port = NEXT.fetch_add(1, Ordering::Relaxed);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
     }
 }

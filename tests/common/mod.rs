@@ -10,6 +10,7 @@
 //! * [`accepted`]: where kvorum differs from etcd on purpose.
 //! * [`ca`]: makes certificates.
 //! * [`process`]: any process, with exactly the arguments given.
+//! * [`ports`]: where a server may listen.
 //! * [`mask`]: takes out of an answer what two correct servers cannot agree on.
 //! * [`scrape`]: reads `/metrics`.
 //! * [`rng`]: the random numbers of the seeded tests.
@@ -27,6 +28,7 @@ pub(crate) mod grpc;
 pub(crate) mod http;
 pub(crate) mod judge;
 pub(crate) mod mask;
+pub(crate) mod ports;
 pub(crate) mod process;
 pub(crate) mod rng;
 pub(crate) mod scrape;

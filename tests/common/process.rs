@@ -2,7 +2,6 @@
 //! need besides.
 
 use std::fs::File;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -13,17 +12,6 @@ use serde_json::Value;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// How often a condition outside this process is looked at.
 const POLL: Duration = Duration::from_millis(10);
-
-/// A port nobody listens on. It is below the range of outgoing connections, so only
-/// another test that drew the same number could take it.
-pub(crate) fn free_port() -> u16 {
-    loop {
-        let port = 10_000 + (getrandom::u32().unwrap() % 22_000) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
-}
 
 /// Waits until `condition` gives something.
 #[track_caller]

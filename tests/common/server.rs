@@ -2,13 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use super::http;
-use super::rng::Rng;
+use super::ports::free_port;
 
 /// How long a server may take to start or to stop before the test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -54,13 +53,12 @@ impl TestServer {
         prepare: impl FnOnce(&TestServer),
     ) -> TestServer {
         let directory = tempfile::Builder::new().prefix("kvorum-test-").tempdir();
-        let (client_port, peer_port) = free_ports();
         let mut server = TestServer {
             program: program.to_owned(),
             arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
             directory: directory.expect("a temporary directory"),
-            client_port,
-            peer_port,
+            client_port: free_port(),
+            peer_port: free_port(),
             child: None,
         };
         prepare(&server);
@@ -226,21 +224,5 @@ impl Drop for TestServer {
             eprintln!("--- the end of {}'s log ---\n{tail}---", self.program.display());
         }
         self.kill();
-    }
-}
-
-/// Two ports nobody listens on. They are below the range the kernel gives to
-/// outgoing connections, so nothing takes them between this look and the
-/// server's bind, except another test that drew the same number.
-fn free_ports() -> (u16, u16) {
-    let mut seed = [0; 8];
-    getrandom::fill(&mut seed).expect("the system has random numbers");
-    let mut rng = Rng::new(u64::from_le_bytes(seed));
-    loop {
-        let port = rng.between(10_000, 32_000) as u16;
-        let pair = [port, port + 1].map(|port| TcpListener::bind(("127.0.0.1", port)));
-        if pair.iter().all(Result::is_ok) {
-            return (port, port + 1);
-        }
     }
 }

@@ -1,14 +1,13 @@
 //! The server as a process that can be stopped in every way there is.
 
 use std::fs::OpenOptions;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
 
-use crate::common::rng::Rng;
+use crate::common::ports::free_port;
 use crate::common::{http, server};
 
 /// How long a server may take to start or to stop before the test fails.
@@ -208,15 +207,4 @@ fn all_stopped(tasks: &Path) -> bool {
         // pid (name) state …; the name may hold anything.
         stat.rsplit_once(") ").is_none_or(|(_, rest)| rest.starts_with(['T', 't', 'Z', 'X']))
     })
-}
-
-/// A port nobody listens on, below the range the kernel gives to outgoing connections.
-fn free_port() -> u16 {
-    let mut rng = Rng::new(getrandom::u64().expect("the system has random numbers"));
-    loop {
-        let port = rng.between(10_000, 32_000) as u16;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
 }

@@ -10,7 +10,8 @@ use kvorum::{Config, Server, StartError};
 
 use crate::common::http;
 use crate::common::judge::{self, Judges};
-use crate::common::process::{Started, free_port, strings, until};
+use crate::common::ports::free_port;
+use crate::common::process::{Started, strings, until};
 use crate::rig::{config, everything, files_below, put, soon};
 
 const GUARD: &str = "kvorum.wal";
