@@ -12,10 +12,11 @@
 //! Bytes are counted and passed on, not understood: what an image is, `storage::image` knows.
 //!
 //! * **Interrupted**: what has arrived is kept for [`SPOOL_KEPT_MAX`], and the next attempt with
-//!   the same id goes on behind it. Both ends notice within [`STALL_MAX`]. Who was killed
-//!   has nothing of it any more, and is sent a newer one ([`SendError::Forgotten`]).
-//! * **Repeated**: an image that was installed before is received again, handed over, and found
-//!   to be of no use there; that is no error.
+//!   the same id goes on behind it. Both ends notice within [`STALL_MAX`]. An image of which the
+//!   receiver has nothing any more is not begun again: a newer one leaves it less to catch up
+//!   with ([`SendError::Forgotten`]).
+//! * **Repeated**: nor is one that was handed over before. One that is older than the receiver's
+//!   state is handed over, and found to be of no use there; that is no error.
 //! * **At the same time**: images of two senders have two ids and two spools, of which there are
 //!   few ([`SPOOLS_MAX`]): the oldest that nobody is sending makes room. Of two attempts with the
 //!   same id the later one goes on where the earlier, which is ended, was.
@@ -108,8 +109,9 @@ pub enum SendError {
     /// The receiver has more than there is, or what it got was not as it was sent.
     #[error("what the receiver has of the snapshot is not what was sent")]
     Mismatch,
-    /// What the receiver had of the image is not there any more: a newer one is better.
-    #[error("the snapshot's receiver has lost what it had of it, and is sent a new one")]
+    /// The receiver has nothing of an image that was begun before, because it was killed, say, or
+    /// has handed it over: a newer one is better.
+    #[error("the receiver has nothing of the snapshot that was begun, and is sent a newer one")]
     Forgotten,
     /// The image cannot be made any more.
     #[error(transparent)]
@@ -263,8 +265,7 @@ impl Throttle {
         sleep_until(self.next).await;
         let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_sec as f64);
         // Sleep lasts longer than it is asked to: what is lost by that is made up for.
-        let overdue = Instant::now().saturating_duration_since(self.next).min(OVERDUE_MAX);
-        self.next = Instant::now() - overdue + takes;
+        self.next = self.next.max(Instant::now() - OVERDUE_MAX) + takes;
     }
 }
 

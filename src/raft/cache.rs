@@ -6,7 +6,7 @@
 //! It holds what is not applied yet, which the engine's admission bounds, and of what is
 //! applied the last entries for a member that is a little behind: at most
 //! `--snapshot-catchup-entries` of them, or as many as follow a snapshot that a member is
-//! being sent, and [`APPLIED_BYTES_MAX`]. A member that is further
+//! being sent, has just got, or may be sent the rest of, and [`APPLIED_BYTES_MAX`]. A member that is further
 //! behind gets a snapshot, although the log on disk may reach further back: that is read
 //! when the member starts, and not beside it.
 

@@ -206,9 +206,10 @@ pub struct Node {
     catch_up_entries: u64,
     /// Ticks so far.
     ticks: u64,
+    /// As in [`Start`].
     resume_ticks: u64,
-    /// Members of which a snapshot is under way no more, and which will need the log behind it.
-    catching_up: BTreeMap<u64, CatchingUp>,
+    /// Members that were sent a snapshot, until they have the log behind it.
+    kept_for: BTreeMap<u64, KeptFor>,
     /// Members that were probed once more since the last tick.
     probed_again: BTreeSet<u64>,
     /// The hard state changed since the last write.
@@ -249,14 +250,15 @@ impl Planted {
     }
 }
 
-/// A member that a snapshot brought near, or will.
+/// For how long the log behind a snapshot is kept that is not under way any more.
 #[derive(Debug, Clone, Copy)]
-struct CatchingUp {
-    /// It needs the log behind this index.
+struct KeptFor {
+    /// The member needs the log behind this index.
     behind: u64,
-    /// Whether the snapshot is in force there. If not, its transfer may go on.
+    /// Whether the snapshot is in force there. If not, its transfer was interrupted, and may go
+    /// on.
     is_in_force: bool,
-    /// It is waited for up to this tick.
+    /// It is kept up to this tick.
     until: u64,
 }
 
@@ -346,7 +348,7 @@ impl Node {
             catch_up_entries: start.catch_up_entries,
             ticks: 0,
             resume_ticks: start.resume_ticks,
-            catching_up: BTreeMap::new(),
+            kept_for: BTreeMap::new(),
             probed_again: BTreeSet::new(),
             hard_state_is_new: false,
             held: VecDeque::new(),
@@ -370,7 +372,7 @@ impl Node {
         self.ticks += 1;
         self.probed_again.clear();
         if !leads {
-            self.catching_up.clear();
+            self.kept_for.clear();
         }
         if !leads && self.unpersisted != 0 {
             return;
@@ -425,17 +427,21 @@ impl Node {
             return Ok(());
         }
         let (from, kind) = (message.from, message.get_msg_type());
-        if let Some(member) = self.catching_up.get_mut(&from)
-            && member.is_in_force
-        {
-            member.until = self.ticks + self.patience.election_ticks as u64;
-        }
+        let was_sent = self.snapshot_under_way(from);
         let is_probed_already = self.is_probed(from);
         let said_before = self.raw.raft.msgs.len();
         // What raft refuses is of a member that it does not know (yet, or any more).
         let _ = self.raw.step(message);
         if kind == MessageType::MsgHeartbeatResponse && is_probed_already {
             self.shorten_probe(from, said_before);
+        }
+        let has = match self.kept_for.get(&from) {
+            Some(kept) if kept.is_in_force => Some(kept.behind),
+            // It may say that it has the snapshot before whoever sent that hears it.
+            _ => was_sent.filter(|_| self.snapshot_under_way(from).is_none()),
+        };
+        if let Some(behind) = has {
+            self.keep_log_for(from, behind, true);
         }
         self.be_patient();
         Ok(())
@@ -633,19 +639,30 @@ impl Node {
     }
 
     /// What became of a snapshot that was sent: whether it is in force over there. Until it
-    /// is told, raft sends that member nothing else; from then on the offer does not hold.
+    /// is told, raft sends that member nothing else; from then on the offer does not hold. The
+    /// log behind it is kept for a while, for a member that has it to catch up with, or for the
+    /// rest of it to be sent.
     pub fn report_snapshot(&mut self, to: u64, is_in_force: bool) {
         let status = if is_in_force { SnapshotStatus::Finish } else { SnapshotStatus::Failure };
         self.raw.mut_store().withdraw_offer(to);
-        let progress = self.raw.raft.prs().get(to);
-        let may_go_on = |of: &&raft::Progress| of.state == ProgressState::Snapshot;
-        if let Some(progress) = progress.filter(|of| is_in_force || may_go_on(of)) {
-            let patience =
-                if is_in_force { self.patience.election_ticks as u64 } else { self.resume_ticks };
-            let (behind, until) = (goes_on_behind(progress), self.ticks + patience);
-            self.catching_up.insert(to, CatchingUp { behind, is_in_force, until });
+        // If it is not under way, the member has acknowledged it, or raft begins anew with all.
+        if let Some(index) = self.snapshot_under_way(to) {
+            self.keep_log_for(to, index, is_in_force);
         }
         self.raw.report_snapshot(to, status);
+    }
+
+    /// Up to which entry the snapshot goes that a member is being sent.
+    fn snapshot_under_way(&self, to: u64) -> Option<u64> {
+        let progress = self.raw.raft.prs().get(to)?;
+        (progress.state == ProgressState::Snapshot).then_some(progress.pending_snapshot)
+    }
+
+    fn keep_log_for(&mut self, id: u64, behind: u64, is_in_force: bool) {
+        let patience =
+            if is_in_force { self.patience.election_ticks as u64 } else { self.resume_ticks };
+        let until = self.ticks + patience;
+        self.kept_for.insert(id, KeptFor { behind, is_in_force, until });
     }
 
     /// The state machine has applied, or refused, the change of the configuration at
@@ -688,23 +705,23 @@ impl Node {
         }
         self.raw.advance_apply_to(index);
         let keep = index.saturating_sub(self.catch_up_entries);
-        let forget = self.needed_behind(keep).unwrap_or(keep);
+        let forget = self.not_needed_of(keep);
         self.raw.mut_store().forget_applied(index, forget);
     }
 
-    /// Behind which index, before `keep`, others need the log because of their snapshots.
-    fn needed_behind(&mut self, keep: u64) -> Option<u64> {
-        let (members, now) = (self.raw.raft.prs(), self.ticks);
-        self.catching_up.retain(|id, member| {
-            let goes_on = members.get(*id).map_or(keep, goes_on_behind);
-            member.behind = member.behind.max(goes_on);
-            member.behind < keep && now <= member.until
+    /// Up to which of the entries up to `last` nobody needs them because of a snapshot.
+    fn not_needed_of(&mut self, last: u64) -> u64 {
+        let members = self.raw.raft.prs();
+        self.kept_for.retain(|id, kept| {
+            let Some(progress) = members.get(*id) else { return false };
+            kept.behind = kept.behind.max(goes_on_behind(progress));
+            let has_it = progress.state == ProgressState::Replicate && progress.matched >= last;
+            !has_it && self.ticks <= kept.until
         });
         let are_sent_one =
             members.iter().filter(|(_, progress)| progress.state == ProgressState::Snapshot);
-        let needed = are_sent_one.map(|(_, progress)| goes_on_behind(progress));
-        let needed = needed.chain(self.catching_up.values().map(|member| member.behind));
-        needed.filter(|behind| *behind < keep).min()
+        let needed = are_sent_one.map(|(_, progress)| progress.pending_snapshot);
+        needed.chain(self.kept_for.values().map(|kept| kept.behind)).fold(last, u64::min)
     }
 
     /// The log held here begins behind this index: a snapshot has to reach at least there.

@@ -41,7 +41,12 @@ struct Shared {
 #[derive(Default)]
 struct Sources {
     making: BTreeSet<u64>,
-    made: BTreeMap<u64, Source>,
+    made: BTreeMap<u64, Made>,
+}
+
+struct Made {
+    source: Source,
+    at: Instant,
 }
 
 impl PeerOutbox {
@@ -79,7 +84,8 @@ impl Outbox for PeerOutbox {
 
     fn make_snapshot(&mut self, to: u64, first_index: u64) {
         let mut sources = self.shared.sources.lock();
-        if let Some(made) = sources.made.get(&to).filter(|made| made.index() >= first_index) {
+        let made = sources.made.get(&to).map(|made| &made.source);
+        if let Some(made) = made.filter(|made| made.index() >= first_index) {
             // Raft has forgotten, or will hear of it in a moment.
             let _ = self.shared.raft.send(made_for(to, made));
             return;
@@ -109,25 +115,25 @@ impl Shared {
             tracing::warn!(member = format!("{to:x}"), "cannot make a snapshot");
             return;
         };
-        let id = source.id();
-        let told = made_for(to, &source);
+        let (told, at) = (made_for(to, &source), Instant::now());
         {
             let mut sources = self.sources.lock();
             sources.making.remove(&to);
-            sources.made.insert(to, source);
+            sources.made.insert(to, Made { source, at });
         }
         let _ = self.raft.send(told);
         // One that raft makes no use of must not keep what is compacted in memory.
         tokio::time::sleep(RESUME_MAX).await;
         let mut sources = self.sources.lock();
-        if sources.made.get(&to).is_some_and(|made| made.id() == id) {
+        if sources.made.get(&to).is_some_and(|made| made.at == at) {
             sources.made.remove(&to);
         }
     }
 
     /// Sends the image as of `mark`; returns whether it is in force over there.
     async fn send_image(&self, to: u64, mark: Mark, message: Bytes) -> bool {
-        let Some(mut source) = self.sources.lock().made.remove(&to) else { return false };
+        let made = self.sources.lock().made.remove(&to);
+        let Some(Made { mut source, .. }) = made else { return false };
         if source.index() != mark.index {
             return false;
         }

@@ -343,7 +343,7 @@ async fn a_throttle_is_as_fast_as_it_says() {
     let took = began.elapsed().as_secs_f64();
     assert!((0.9..1.01).contains(&took), "{took} s for one second's worth");
 
-    // What was not used is not made up for.
+    // Of what was not used no more than `OVERDUE_MAX` is made up for.
     tokio::time::sleep(Duration::from_secs(10)).await;
     let began = Instant::now();
     for _ in 0..1500 {
