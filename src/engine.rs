@@ -92,8 +92,13 @@ pub struct Limits {
 impl Limits {
     /// The election timeout in heartbeats: raft counts in these.
     pub fn election_ticks(&self) -> u32 {
-        let ticks = self.election_timeout.as_millis() / self.heartbeat.as_millis().max(1);
-        u32::try_from(ticks).unwrap_or(u32::MAX).max(1)
+        self.ticks(self.election_timeout).max(1)
+    }
+
+    /// How many whole heartbeats a time has.
+    pub fn ticks(&self, time: Duration) -> u32 {
+        let ticks = time.as_millis() / self.heartbeat.as_millis().max(1);
+        u32::try_from(ticks).unwrap_or(u32::MAX)
     }
 }
 

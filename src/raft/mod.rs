@@ -654,8 +654,7 @@ impl Node {
 
     /// Up to which entry the snapshot goes that a member is being sent.
     fn snapshot_under_way(&self, to: u64) -> Option<u64> {
-        let progress = self.raw.raft.prs().get(to)?;
-        (progress.state == ProgressState::Snapshot).then_some(progress.pending_snapshot)
+        under_way(self.raw.raft.prs().get(to)?)
     }
 
     fn keep_log_for(&mut self, id: u64, behind: u64, is_in_force: bool) {
@@ -718,9 +717,7 @@ impl Node {
             let has_it = progress.state == ProgressState::Replicate && progress.matched >= last;
             !has_it && self.ticks <= kept.until
         });
-        let are_sent_one =
-            members.iter().filter(|(_, progress)| progress.state == ProgressState::Snapshot);
-        let needed = are_sent_one.map(|(_, progress)| progress.pending_snapshot);
+        let needed = members.iter().filter_map(|(_, progress)| under_way(progress));
         needed.chain(self.kept_for.values().map(|kept| kept.behind)).fold(last, u64::min)
     }
 
@@ -923,6 +920,11 @@ fn refusal(raft: &raft::Raft<LogCache>, of: &eraftpb::Message) -> eraftpb::Messa
     refusal.term = raft.term;
     refusal.reject = true;
     refusal
+}
+
+/// Up to which entry the snapshot goes that is on its way.
+fn under_way(progress: &raft::Progress) -> Option<u64> {
+    (progress.state == ProgressState::Snapshot).then_some(progress.pending_snapshot)
 }
 
 /// The entry behind which a member will be sent the log.

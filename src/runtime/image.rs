@@ -211,9 +211,21 @@ pub struct Images {
     kept: Mutex<BTreeMap<u64, Kept>>,
 }
 
-struct Kept {
-    source: Source,
+/// A source that waits for raft to make use of it, for [`RESUME_MAX`] at most: its pin keeps
+/// what is compacted in memory.
+pub(super) struct Kept {
+    pub(super) source: Source,
     since: Instant,
+}
+
+impl Kept {
+    pub(super) fn new(source: Source) -> Kept {
+        Kept { source, since: Instant::now() }
+    }
+
+    pub(super) fn is_old(&self) -> bool {
+        self.since.elapsed() >= RESUME_MAX
+    }
 }
 
 impl Images {
@@ -243,7 +255,7 @@ impl Images {
         if sent.as_ref().err().is_none_or(|error| !error.may_be_resumed()) {
             return;
         }
-        self.kept.lock().insert(member, Kept { source, since: Instant::now() });
+        self.kept.lock().insert(member, Kept::new(source));
         let outgoing = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(RESUME_MAX).await;
@@ -252,7 +264,7 @@ impl Images {
     }
 
     fn forget_old(&self) {
-        self.kept.lock().retain(|_, kept| kept.since.elapsed() < RESUME_MAX);
+        self.kept.lock().retain(|_, kept| !kept.is_old());
     }
 }
 

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-use super::image::{Images, RESUME_MAX, Source};
+use super::image::{Images, Kept, RESUME_MAX, Source};
 use super::raft_thread::{Outbox, RaftInput};
 use crate::log::Mark;
 use crate::net::snapshot::{self, Image as _};
@@ -41,12 +41,7 @@ struct Shared {
 #[derive(Default)]
 struct Sources {
     making: BTreeSet<u64>,
-    made: BTreeMap<u64, Made>,
-}
-
-struct Made {
-    source: Source,
-    at: Instant,
+    made: BTreeMap<u64, Kept>,
 }
 
 impl PeerOutbox {
@@ -115,25 +110,21 @@ impl Shared {
             tracing::warn!(member = format!("{to:x}"), "cannot make a snapshot");
             return;
         };
-        let (told, at) = (made_for(to, &source), Instant::now());
+        let told = made_for(to, &source);
         {
             let mut sources = self.sources.lock();
             sources.making.remove(&to);
-            sources.made.insert(to, Made { source, at });
+            sources.made.insert(to, Kept::new(source));
         }
         let _ = self.raft.send(told);
-        // One that raft makes no use of must not keep what is compacted in memory.
         tokio::time::sleep(RESUME_MAX).await;
-        let mut sources = self.sources.lock();
-        if sources.made.get(&to).is_some_and(|made| made.at == at) {
-            sources.made.remove(&to);
-        }
+        self.sources.lock().made.retain(|_, made| !made.is_old());
     }
 
     /// Sends the image as of `mark`; returns whether it is in force over there.
     async fn send_image(&self, to: u64, mark: Mark, message: Bytes) -> bool {
         let made = self.sources.lock().made.remove(&to);
-        let Some(Made { mut source, .. }) = made else { return false };
+        let Some(Kept { mut source, .. }) = made else { return false };
         if source.index() != mark.index {
             return false;
         }

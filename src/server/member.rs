@@ -459,7 +459,7 @@ async fn recover(
     start.pre_vote = config.pre_vote;
     start.seed = getrandom::u64()?;
     start.catch_up_entries = config.snapshot_catchup();
-    start.resume_ticks = RESUME_MAX.div_duration_f64(limits.heartbeat) as u64;
+    start.resume_ticks = u64::from(limits.ticks(RESUME_MAX));
     tracing::info!(
         member_id = format!("{:x}", identity.member_id),
         cluster_id = format!("{:x}", identity.cluster_id),
